@@ -1,0 +1,28 @@
+"""Tiny architectures for tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from titans_train.shape import AttentionShape, MemoryShape, ModelShape
+
+MEMORY = MemoryShape(
+    chunk_size=4, depth=2, hidden=12, activation="silu", residual_norm=True, momentum=True, forgetting=True,
+    write=True, normalize_values=True, convolution=4, theta_max=1.0, couple_theta=True, forget_bias=-3.0,
+    momentum_bias=0.0, theta_bias=0.0, store_every=2,
+)  # fmt: skip
+ATTENTION = AttentionShape(window=6, segment=8, persistent_tokens=3, rope_base=10000.0)
+SHAPE = ModelShape(
+    block="mag", layers=2, width=16, heads=2, head_dim=8, vocabulary=29, feed_forward=24, tied_head=True,
+    norm_eps=1e-5, initializer_std=0.2, memory=MEMORY, attention=ATTENTION,
+)  # fmt: skip
+
+
+def tiny(block: str, *, memory: dict[str, Any] | None = None, attention: dict[str, Any] | None = None, **model: Any) -> ModelShape:
+    """A small model of the given block; keyword arguments replace fields."""
+    if block == "transformer":
+        attention = {"window": None} | (attention or {})
+        return replace(SHAPE, block=block, memory=None, attention=replace(ATTENTION, **attention), **model)
+    shape = replace(SHAPE, block=block, **model)
+    return replace(shape, memory=replace(MEMORY, **(memory or {})), attention=replace(ATTENTION, **(attention or {})))

@@ -1,0 +1,47 @@
+"""Causal depthwise convolution that restarts at document starts and carries its last inputs.
+
+Shapes: x [B, L, D]; tail [B, K - 1, D], the inputs before x; positions [B, L], tokens since the document's start.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def document_positions(document_starts: Tensor | None) -> Tensor | None:
+    """[B, L] bool -> [B, L] tokens since the last start in this call; very large before the first one."""
+    if document_starts is None:
+        return None
+    index = torch.arange(document_starts.shape[1], device=document_starts.device)
+    last = torch.where(document_starts, index, -(2**40)).cummax(dim=1).values
+    return index - last
+
+
+class CausalConvolution(nn.Module):
+    """y_t = sum_j weight[j] * x_{t-j}, per channel, j < K; starts near the identity. K = 1 is no convolution."""
+
+    def __init__(self, width: int, taps: int) -> None:
+        super().__init__()
+        self.taps = taps
+        if taps > 1:
+            weight = torch.randn(taps, width) * 0.02
+            weight[0] += 1
+            self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor, tail: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.taps == 1:
+            return x, tail
+        length = x.shape[1]
+        padded = torch.cat([tail.to(x.dtype), x], dim=1)
+        y = x * self.weight[0]
+        for j in range(1, self.taps):
+            shifted = padded[:, self.taps - 1 - j : self.taps - 1 - j + length]
+            if positions is not None:
+                shifted = shifted * (positions >= j)[:, :, None]
+            y = torch.addcmul(y, shifted, self.weight[j])
+        new_tail = padded[:, padded.shape[1] - (self.taps - 1) :]
+        if positions is not None:  # a tail must not reach back over the last document's start
+            age = torch.arange(self.taps - 2, -1, -1, device=x.device)
+            new_tail = new_tail * (positions[:, -1:] >= age)[:, :, None]
+        return y, new_tail

@@ -1,0 +1,80 @@
+"""The definition, token by token: slow, plain, and the reference of every faster form.
+
+    S_t = eta_t S_{t-1} - theta_t grad l(W_a; k_t, v_t)        l = 1/2 |M_{W_a}(k_t) - v_t|^2
+    W_t = (1 - alpha_t) W_{t-1} + S_t                           a = last token of the previous chunk
+    y_t = M_{W_t}(q_t)                                          write, then read
+
+(Titans paper, eq. 8-15, with every gradient of a chunk taken at the same anchor, section 3.2.)
+The inner gradient comes from autograd here, on purpose: the closed forms of the scan are checked against it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans_train.memory.state import MemoryState, Weights
+
+NORM_EPS = 1e-5  # of the layer norm inside the memory
+
+
+def memory_mlp(x: Tensor, weights: Weights, activation: str, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+    """M_W(x): [batch, heads, tokens, d] -> the same shape. With a gain: x + gain * LayerNorm(MLP(x)) + bias."""
+    act = {"silu": F.silu, "gelu": F.gelu}[activation]
+    h = x
+    for n, w in enumerate(weights):
+        h = (act(h) if n else h) @ w
+    if gain is None:
+        return h
+    assert bias is not None
+    return x + F.layer_norm(h, h.shape[-1:], eps=NORM_EPS) * gain[:, None] + bias[:, None]
+
+
+def recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    eta: Tensor | None,
+    theta: Tensor,
+    state: MemoryState,
+    *,
+    chunk_size: int,
+    activation: str = "silu",
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    document_starts: Tensor | None = None,
+    document_state: MemoryState | None = None,
+) -> tuple[Tensor, MemoryState]:
+    """Writes and reads every token in turn. Arguments and results as in `memory_scan`."""
+    weights, momentum = state.weights, state.momentum or tuple(torch.zeros_like(w) for w in state.weights)
+    anchor, offset = state.anchor, state.offset
+    outputs = []
+    for t in range(q.shape[2]):
+        if document_starts is not None:
+            if offset and bool(document_starts[:, t].any()):
+                raise ValueError(f"a document starts at token {t}, {offset} tokens into a chunk of {chunk_size}")
+            assert document_state is not None
+            row = document_starts[:, t, None, None, None]
+            weights = tuple(torch.where(row, d, w) for d, w in zip(document_state.weights, weights, strict=True))
+            if document_state.momentum:
+                momentum = tuple(torch.where(row, d, s) for d, s in zip(document_state.momentum, momentum, strict=True))
+        if offset == 0:
+            anchor = weights
+        assert anchor is not None
+
+        def gate(g: Tensor | None, t: int = t) -> Tensor | float:
+            return 0.0 if g is None else g[:, :, t, None, None]
+
+        kt, vt, qt = (x[:, :, t : t + 1] for x in (k, v, q))
+        at = anchor if anchor[0].requires_grad else tuple(w.detach().requires_grad_() for w in anchor)
+        with torch.enable_grad():
+            loss = 0.5 * (memory_mlp(kt, at, activation, gain, bias) - vt).square().sum()
+            gradients = torch.autograd.grad(loss, at, create_graph=True)
+        momentum = tuple(gate(eta) * s - gate(theta) * g for s, g in zip(momentum, gradients, strict=True))
+        weights = tuple((1 - gate(alpha)) * w + s for w, s in zip(weights, momentum, strict=True))
+        outputs.append(memory_mlp(qt, weights, activation, gain, bias))
+        offset = (offset + 1) % chunk_size
+    final = MemoryState(weights, () if eta is None else momentum, anchor if offset else None, offset)
+    return torch.cat(outputs, dim=2), final

@@ -1,0 +1,135 @@
+"""Walking over the chunks of a sequence: the chunk grid, and running chunks forward from a state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from titans_train.memory.activation import Activation
+from titans_train.memory.chunk import Norm, Saved, chunk_forward, chunk_update
+from titans_train.memory.gates import ChunkCoefficients, Coefficients, coefficients
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`chunks` chunks of equal length `size`, from token `start`. The backward stores one state per segment."""
+
+    start: int
+    chunks: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.chunks * self.size
+
+    def spans(self) -> list[slice]:
+        return [slice(self.start + j * self.size, self.start + (j + 1) * self.size) for j in range(self.chunks)]
+
+
+def chunk_grid(length: int, chunk_size: int, offset: int, store_every: int) -> list[Segment]:
+    """The rest of an entered chunk, whole chunks in groups of `store_every`, a ragged last one."""
+    grid, start = [], 0
+    if offset:
+        start = min(length, chunk_size - offset)
+        grid.append(Segment(0, 1, start))
+    while length - start >= chunk_size:
+        count = min(store_every, (length - start) // chunk_size)
+        grid.append(Segment(start, count, chunk_size))
+        start = grid[-1].stop
+    if start < length:
+        grid.append(Segment(start, 1, length - start))
+    return grid
+
+
+@dataclass
+class Sequence:
+    """One call's tensors with batch and heads flattened to n = batch * heads."""
+
+    q: Tensor  # [n, L, d]
+    k: Tensor
+    v: Tensor
+    keep: Tensor  # 1 - alpha: [n, L]
+    eta: Tensor | None
+    theta: Tensor
+    act: Activation
+    norm: Norm | None
+    starts: Tensor | None  # [n, L] bool
+    document_weights: list[Tensor]  # [n, d_in, d_out]; empty without document starts
+    document_momentum: list[Tensor]
+
+    def coefficients(self, segment: Segment) -> tuple[Tensor, Tensor | None, Coefficients]:
+        """keep and eta of the segment, [n, chunks, size], and the coefficients made of them."""
+
+        def cut(gate: Tensor) -> Tensor:
+            return gate[:, segment.start : segment.stop].unflatten(1, (segment.chunks, segment.size))
+
+        keep, eta = cut(self.keep), None if self.eta is None else cut(self.eta)
+        return keep, eta, coefficients(keep, eta, cut(self.theta))
+
+    def document_rows(self, t: int) -> Tensor | None:
+        """Rows [n, 1, 1] in which a document starts at token t; None if there are none (asked on a CPU only)."""
+        if self.starts is None:
+            return None
+        rows = self.starts[:, t]
+        if rows.device.type == "cpu" and not bool(rows.any()):
+            return None
+        return rows[:, None, None]
+
+
+@dataclass
+class ChunkRun:
+    """A chunk that was run, as its backward needs it."""
+
+    span: slice
+    coefficients: ChunkCoefficients
+    anchor: list[Tensor]
+    weights: list[Tensor]
+    momentum: list[Tensor]
+    saved: Saved
+    document_rows: Tensor | None
+
+
+class Walk:
+    """Runs chunks forward from a state.
+
+    `entered_anchor` is the anchor of a chunk that an earlier call began, or None at a chunk border.
+    """
+
+    def __init__(
+        self, seq: Sequence, weights: list[Tensor], momentum: list[Tensor], entered_anchor: list[Tensor] | None
+    ) -> None:
+        self.seq = seq
+        self.weights, self.momentum, self.entered_anchor = weights, momentum, entered_anchor
+        self.last_anchor = weights
+
+    def run(self, segment: Segment, coef: Coefficients) -> list[tuple[Tensor, ChunkRun]]:
+        """Output [n, T, d] and record of each chunk in turn."""
+        return [self._chunk(span, coef.chunk(j)) for j, span in enumerate(segment.spans())]
+
+    def outputs(self, segment: Segment, coef: Coefficients, y: Tensor, surprises: list[Tensor] | None) -> None:
+        """Fills y[:, segment] and keeps nothing else."""
+        for j, span in enumerate(segment.spans()):
+            y[:, span], run = self._chunk(span, coef.chunk(j))
+            if surprises is not None:
+                surprises.append(surprise(run.saved))
+
+    def _chunk(self, span: slice, c: ChunkCoefficients) -> tuple[Tensor, ChunkRun]:
+        seq, rows = self.seq, self.seq.document_rows(span.start)
+        weights, momentum = self.weights, self.momentum
+        if rows is not None:
+            weights = [torch.where(rows, d, w) for d, w in zip(seq.document_weights, weights, strict=True)]
+            momentum = [torch.where(rows, d, s) for d, s in zip(seq.document_momentum, momentum, strict=True)]
+        anchor = weights if self.entered_anchor is None else self.entered_anchor
+        self.entered_anchor, self.last_anchor = None, anchor
+        q, k, v = seq.q[:, span], seq.k[:, span], seq.v[:, span]
+        y, saved = chunk_forward(q, k, v, c, anchor, weights, momentum, seq.act, seq.norm)
+        self.weights, self.momentum = chunk_update(c, weights, momentum, saved)
+        return y, ChunkRun(span, c, anchor, weights, momentum, saved, rows)
+
+
+def surprise(saved: Saved) -> Tensor:
+    """Norm of each token's inner gradient over all layers, sqrt(sum_n |x_n|^2 |delta_n|^2): [n, T]."""
+    squares = [x.square().sum(-1) * d.square().sum(-1) for x, d in zip(saved.inputs, saved.deltas, strict=True)]
+    return torch.stack(squares).sum(0).sqrt()

@@ -1,0 +1,97 @@
+"""The language model: embedding, blocks, final norm, head. Shapes: B batch, L tokens, D width, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from titans_train.memory.layer import NeuralMemory
+from titans_train.models.blocks import Block, BlockState, LMMBlock, MAGBlock, MALBlock, TransformerBlock
+from titans_train.models.layers import RMSNorm
+from titans_train.models.mac import MACBlock, MACState
+from titans_train.models.parts import Parts, SingleProcess
+from titans_train.models.state import ModelState
+from titans_train.shape import ModelShape
+
+BLOCK_TYPES: dict[str, type[Block]] = {
+    "transformer": TransformerBlock,
+    "lmm": LMMBlock,
+    "mac": MACBlock,
+    "mag": MAGBlock,
+    "mal": MALBlock,
+}
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    loss_sum: Tensor | None = None  # sum of token cross-entropies, float32 or better
+    logits: Tensor | None = None  # [B, L, V], only where no labels were given
+    state: ModelState | None = None
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, shape: ModelShape, parts: Parts | None = None) -> None:
+        super().__init__()
+        self.shape = shape
+        self.parts = SingleProcess() if parts is None else parts
+        self.activation_checkpointing = False
+        std = shape.initializer_std
+        self.embedding = self.parts.embedding(shape.vocabulary, shape.width, std)
+        self.blocks = nn.ModuleList(BLOCK_TYPES[shape.block](shape, self.parts) for _ in range(shape.layers))
+        self.norm = RMSNorm(shape.width, shape.norm_eps)
+        self.head = None if shape.tied_head else self.parts.column_linear(shape.width, shape.vocabulary, std)
+
+    def hidden(
+        self, tokens: Tensor, document_starts: Tensor | None, state: ModelState | None
+    ) -> tuple[Tensor, list[BlockState | MACState]]:
+        """[B, L] tokens -> [B, L, D], normalised, and each block's new state."""
+        x, states = self.embedding(tokens), []
+        for n, block in enumerate(self.blocks):
+            carried = None if state is None else state.blocks[n]
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, new = checkpoint(block, x, carried, document_starts, use_reentrant=False)
+            else:
+                x, new = block(x, carried, document_starts)
+            states.append(new)
+        return self.norm(x), states
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        document_starts: Tensor | None = None,
+        state: ModelState | None = None,
+        return_state: bool = False,
+    ) -> ModelOutput:
+        """tokens, labels [B, L] int64 (label t is the token after t; -100: none); document_starts [B, L] bool.
+
+        With `state`, tokens continue an earlier call. Labels given: loss_sum; else logits.
+        """
+        x, states = self.hidden(tokens, document_starts, state)
+        logits = self.embedding(x, as_head=True) if self.head is None else self.head(x)
+        carried = ModelState(tuple(states)) if return_state else None
+        if labels is None:
+            return ModelOutput(logits=logits, state=carried)
+        return ModelOutput(loss_sum=self.parts.cross_entropy_sum(logits, labels), state=carried)
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[dict[int, dict[str, Tensor]]]:
+    """Within, each forward fills {layer: {surprise, alpha, eta, theta, weight_norm, momentum_norm}}, 0-d tensors.
+
+    Values are of the last forward, means over batch, heads and tokens; norms are of the final state.
+    """
+    memories = [m for m in model.modules() if isinstance(m, NeuralMemory)]
+    records: dict[int, dict[str, Tensor]] = {n: {} for n in range(len(memories))}
+    for n, memory in enumerate(memories):
+        memory.records = records[n]
+    try:
+        yield records
+    finally:
+        for memory in memories:
+            memory.records = None

@@ -1,0 +1,141 @@
+"""Memory as context (Titans paper, section 4.1): segments of C tokens, each read, attended, written in turn.
+
+    h = M_{s-1}(q(x_s))                     read only: the memory as the previous segment left it
+    y = Attn([P | h | x_s]), rows of x_s    row i sees h_j and x_j only for j <= i
+    o = y (x) M(y)                          y is written into the memory, and read back causally
+
+Shapes: B batch, T tokens of (a piece of) a segment, H heads, d head width, D = H d.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from titans_train.memory.convolution import document_positions
+from titans_train.memory.layer import MemoryLayerState, NeuralMemory
+from titans_train.memory.state import MemoryState
+from titans_train.models.attention import Attention, Persistent, masked_attention, with_persistent
+from titans_train.models.blocks import Block, Gating, output_std
+from titans_train.models.layers import HeadNorm, rotate
+from titans_train.models.parts import Parts
+from titans_train.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class MACState:
+    """The memory being written, the memory that the current segment reads, and the segment's keys so far."""
+
+    memory: MemoryLayerState
+    read_memory: MemoryState
+    read_tail: Tensor  # of the query convolution over x: [B, K - 1, D]
+    context_keys: Tensor  # of h: [B, H, t, d]
+    context_values: Tensor
+    keys: Tensor  # of x: [B, H, t, d]
+    values: Tensor
+    position: int  # tokens of the segment already seen
+
+
+class MACBlock(Block):
+    def __init__(self, shape: ModelShape, parts: Parts) -> None:
+        super().__init__(shape, parts)
+        assert shape.attention.segment is not None
+        self.segment = shape.attention.segment
+        self.attention = Attention(shape, parts)
+        self.attention_out = parts.row_linear(shape.width, shape.width, shape.initializer_std)
+        self.memory = NeuralMemory(shape, parts)
+        self.read_norm = HeadNorm(shape.heads, shape.head_dim, shape.norm_eps)
+        self.gating = Gating(shape)
+        self.out = parts.row_linear(shape.width, shape.width, output_std(shape))
+
+    def initial_state(self, x: Tensor, initial: MemoryState) -> MACState:
+        state = self.memory.initial_state(x, initial)
+        empty = x.new_zeros(x.shape[0], self.attention.heads, 0, self.attention.head_dim)
+        return MACState(state, state.memory, state.tails[0], empty, empty, empty, empty, 0)
+
+    def mix(self, x: Tensor, state: MACState | None, document_starts: Tensor | None) -> tuple[Tensor, MACState]:  # type: ignore[override]
+        h = self.norm(x)
+        initial = self.memory.initial_memory() if state is None or document_starts is not None else None
+        if state is None:
+            assert initial is not None
+            state = self.initial_state(h, initial)
+        fixed = self.attention.persistent(self.persistent_tokens())
+        outputs, start = [], 0
+        while start < h.shape[1]:
+            stop = min(start + self.segment - state.position, h.shape[1])
+            starts = None if document_starts is None else document_starts[:, start:stop]
+            y, state = self._piece(h[:, start:stop], state, fixed, starts, initial)
+            outputs.append(y)
+            start = stop
+        return x + torch.cat(outputs, 1), state
+
+    def _enter_segment(self, state: MACState, starts: Tensor | None, initial: MemoryState | None) -> MACState:
+        """At a segment's first token: new documents take the initial memory, and the read memory moves on."""
+        memory = state.memory.memory
+        if starts is not None and initial is not None:
+            memory = memory.replace_rows(starts[:, 0], initial)
+        empty = state.keys[:, :, :0]
+        return MACState(
+            replace(state.memory, memory=memory), memory.at_border(), state.read_tail, empty, empty, empty, empty, 0
+        )
+
+    def _piece(
+        self,
+        x: Tensor,
+        state: MACState,
+        fixed: Persistent | None,
+        starts: Tensor | None,
+        initial: MemoryState | None,
+    ) -> tuple[Tensor, MACState]:
+        """x: [B, T, D], all within one segment. Document starts are possible at the segment's first token only."""
+        if starts is not None:
+            inside = starts if state.position else starts[:, 1:]
+            if inside.device.type == "cpu" and bool(inside.any()):
+                raise ValueError(f"in MAC a document starts at a multiple of the segment, {self.segment} tokens")
+        if state.position == 0:
+            state = self._enter_segment(state, starts, initial)
+        positions = document_positions(starts)
+        context, read_tail = self.memory.read(x, state.read_memory, state.read_tail, positions)
+        state = self._add_keys(x, self.read_norm(context).flatten(2), state)
+        heads = self._attend(x, state, fixed)
+        y = self.attention_out(heads.flatten(2))
+        # The memory rows of new documents are in place already: here only the convolutions restart.
+        remembered, memory = self.memory(y, state.memory, *self._restart(starts, state))
+        o = self.out(self.gating(heads, remembered))
+        position = (state.position + x.shape[1]) % self.segment
+        return o, replace(state, memory=memory, read_tail=read_tail, position=position)
+
+    def _restart(self, starts: Tensor | None, state: MACState) -> tuple[Tensor | None, MemoryState | None]:
+        return (None, None) if starts is None else (starts, state.read_memory)
+
+    def _add_keys(self, x: Tensor, context: Tensor, state: MACState) -> MACState:
+        """h_j and x_j both stand at position j of the segment."""
+        a = self.attention
+
+        def add(old: Tensor, new: Tensor) -> Tensor:
+            return torch.cat([old.to(new.dtype), new], 2)
+
+        def keys(of: Tensor) -> Tensor:
+            return rotate(a.split(a.k(of)), state.position, a.base)
+
+        return replace(
+            state,
+            context_keys=add(state.context_keys, keys(context)),
+            context_values=add(state.context_values, a.split(a.v(context))),
+            keys=add(state.keys, keys(x)),
+            values=add(state.values, a.split(a.v(x))),
+        )
+
+    def _attend(self, x: Tensor, state: MACState, fixed: Persistent | None) -> Tensor:
+        """Rows of x over [P | h | x], causal in both: heads [B, T, H, d]."""
+        a, first = self.attention, state.position
+        plain = a.split(a.q(x))
+        q = with_persistent(rotate(plain, first, a.base), plain, fixed)
+        index = torch.arange(first + x.shape[1], device=x.device)
+        causal = index <= index[first:, None]
+        mask = torch.cat([causal, causal], 1)[None]
+        keys = torch.cat([state.context_keys, state.keys], 2)
+        values = torch.cat([state.context_values, state.values], 2)
+        return masked_attention(q, keys, values, mask, fixed).transpose(1, 2)

@@ -1,0 +1,85 @@
+"""The resolved architecture: every number that fixes what a model computes.
+
+`plan.py` derives it from a run config, once. Models are built from it, a checkpoint stores it, and a
+run refuses to continue with another one. Plain data: imports nothing heavy, so that login nodes can plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+BLOCKS = ("transformer", "lmm", "mac", "mag", "mal")
+
+
+@dataclass(frozen=True)
+class MemoryShape:
+    """The neural memory of one layer (design: Titans paper, section 3).
+
+    `chunk_size` is part of the function computed, not a speed setting: it says how often the anchor moves.
+    """
+
+    chunk_size: int  # b, tokens between two anchors
+    depth: int  # weight matrices of the memory MLP, 1 to 4
+    hidden: int  # width between them
+    activation: str  # "silu" or "gelu"
+    residual_norm: bool  # M(k) = k + gain * LayerNorm(MLP(k)) + bias
+    momentum: bool  # False: eta = 0
+    forgetting: bool  # False: alpha = 0
+    write: bool  # False: theta = 0, the memory stays at its initial weights
+    normalize_values: bool  # l2-normalise v as q and k
+    convolution: int  # taps of the causal depthwise convolutions; 1 means none
+    theta_max: float  # upper limit of the step size theta
+    couple_theta: bool  # theta = theta_max * (1 - eta) * sigmoid(.)
+    forget_bias: float  # alpha = sigmoid(. + forget_bias)
+    momentum_bias: float
+    theta_bias: float
+    store_every: int  # the backward keeps the state of every k-th chunk (no effect on results)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    window: int | None  # keys a query sees, itself included; None: all
+    segment: int | None  # MAC: tokens per segment, a multiple of the chunk
+    persistent_tokens: int
+    rope_base: float
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    block: str  # one of BLOCKS
+    layers: int
+    width: int
+    heads: int
+    head_dim: int  # width // heads
+    vocabulary: int
+    feed_forward: int  # hidden width of SwiGLU
+    tied_head: bool
+    norm_eps: float
+    initializer_std: float
+    memory: MemoryShape | None  # None for block "transformer"
+    attention: AttentionShape
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelShape:
+        memory = MemoryShape(**data["memory"]) if data["memory"] else None
+        return cls(**{**data, "memory": memory, "attention": AttentionShape(**data["attention"])})
+
+    @property
+    def has_memory(self) -> bool:
+        return self.block != "transformer"
+
+    @property
+    def has_attention(self) -> bool:
+        return self.block != "lmm"
+
+    @property
+    def document_alignment(self) -> int:
+        """Tokens: an isolated document may start only at multiples of this (chunk; MAC: segment; else 1)."""
+        if self.block == "mac":
+            assert self.attention.segment is not None
+            return self.attention.segment
+        return self.memory.chunk_size if self.memory is not None else 1
