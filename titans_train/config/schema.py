@@ -16,9 +16,9 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run directory = folder/name")
-    folder: str = Field("runs", description="parent of the run directory")
-    seed: int = Field(0, ge=0, lt=2**31)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="run directory = folder/name")
+    folder: str = Field(default="runs", min_length=1, description="parent of the run directory")
+    seed: int = Field(default=0, ge=0, lt=2**31)
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -28,61 +28,61 @@ class Model(Section):
     width: int = Field(ge=8, le=65536)
     heads: int = Field(ge=1, le=1024)
     vocabulary: int = Field(ge=2, le=2**31 - 1)
-    feed_forward: int | None = Field(None, ge=1, description="SwiGLU hidden width; null: 8/3 width, rounded up to 32")
+    feed_forward: int | None = Field(default=None, ge=1, description="of SwiGLU; null: 8/3 width, rounded up to 32")
     tied_head: bool = True
-    norm_eps: float = Field(1e-5, gt=0, le=1e-2)
-    initializer_std: float = Field(0.02, gt=0, le=1)
+    norm_eps: float = Field(default=1e-5, gt=0, le=1e-2)
+    initializer_std: float = Field(default=0.02, gt=0, le=1)
 
 
 class Memory(Section):
-    chunk_size: int = Field(64, ge=1, le=65536, description="b: tokens per anchor; part of the model")
-    depth: int = Field(2, ge=1, le=4)
-    expansion: int = Field(4, ge=1, le=16, description="hidden width = expansion * head width")
+    chunk_size: int = Field(default=64, ge=1, le=65536, description="b: tokens per anchor; part of the model")
+    depth: int = Field(default=2, ge=1, le=4)
+    expansion: int = Field(default=4, ge=1, le=16, description="hidden width = expansion * head width")
     activation: Literal["silu", "gelu"] = "silu"
     residual_norm: bool = True
     momentum: bool = True
     forgetting: bool = True
-    write: bool = Field(True, description="false: theta = 0, the memory never learns (an ablation)")
+    write: bool = Field(default=True, description="false: theta = 0, the memory never learns (an ablation)")
     normalize_values: bool = True
-    convolution: int = Field(4, ge=1, le=64, description="taps; 1: none")
-    theta_max: float | None = Field(None, gt=0, le=100, description="null: a stable limit for the chunk size")
-    couple_theta: bool = Field(True, description="theta = theta_max (1 - eta) sigmoid(.)")
-    forget_bias: float = Field(-6.0, ge=-30, le=30)
-    momentum_bias: float = Field(0.0, ge=-30, le=30)
-    theta_bias: float = Field(0.0, ge=-30, le=30)
-    store_every: int | None = Field(None, ge=1, description="backward keeps every k-th chunk state; null: chosen")
+    convolution: int = Field(default=4, ge=1, le=64, description="taps; 1: none")
+    theta_max: float | None = Field(default=None, gt=0, le=100, description="null: a stable limit for the chunk size")
+    couple_theta: bool = Field(default=True, description="theta = theta_max (1 - eta) sigmoid(.)")
+    forget_bias: float = Field(default=-6.0, ge=-30, le=30)
+    momentum_bias: float = Field(default=0.0, ge=-30, le=30)
+    theta_bias: float = Field(default=0.0, ge=-30, le=30)
+    store_every: int | None = Field(default=None, ge=1, description="backward keeps every k-th state; null: chosen")
 
 
 class Attention(Section):
-    window: int | None = Field(None, ge=1, description="keys a query sees, itself included; null: all")
-    segment: int | None = Field(None, ge=1, description="MAC segment, a multiple of memory.chunk_size")
-    persistent_tokens: int = Field(4, ge=0, le=4096)
-    rope_base: float = Field(10000.0, gt=1)
+    window: int | None = Field(default=None, ge=1, description="keys a query sees, itself included; null: all")
+    segment: int | None = Field(default=None, ge=1, description="MAC segment, a multiple of memory.chunk_size")
+    persistent_tokens: int = Field(default=4, ge=0, le=4096)
+    rope_base: float = Field(default=10000.0, gt=1)
 
 
 class Parallel(Section):
-    tensor: int = Field(1, ge=1)
-    sequence: int = Field(1, ge=1)
+    tensor: int = Field(default=1, ge=1)
+    sequence: int = Field(default=1, ge=1)
     sequence_parallel: bool = False
-    zero_stage: int = Field(1, ge=0, le=3)
+    zero_stage: int = Field(default=1, ge=0, le=3)
 
 
 class Recall(Section):
     """The synthetic associative-recall task: pairs first, then fillers, then queries for the values."""
 
-    pairs: int = Field(16, ge=1)
-    keys: int = Field(64, ge=1)
-    values: int = Field(64, ge=2)
-    gap: int = Field(64, ge=0, description="filler tokens between the last pair and the first query")
+    pairs: int = Field(default=16, ge=1)
+    keys: int = Field(default=64, ge=1)
+    values: int = Field(default=64, ge=2)
+    gap: int = Field(default=64, ge=0, description="filler tokens between the last pair and the first query")
 
 
 class Data(Section):
     source: Literal["shards", "recall"] = "shards"
-    path: str | None = Field(None, description="prepared folder: manifest.json, train/, validation/")
+    path: str | None = Field(default=None, description="prepared folder: manifest.json, train/, validation/")
     packing: Literal["concatenate", "isolate"] = "concatenate"
     shuffle: bool = True
-    workers: int = Field(1, ge=0, le=64, description="reader processes per rank")
-    cache: str | None = Field(None, description="folder for decompressed shards; null: <run directory>/cache")
+    workers: int = Field(default=1, ge=0, le=64, description="reader processes per rank")
+    cache: str | None = Field(default=None, description="folder for decompressed shards; null: <run directory>/cache")
     recall: Recall | None = None
 
 
@@ -95,30 +95,30 @@ class Training(Section):
 
 
 class Optimizer(Section):
-    learning_rate: float = Field(4e-4, gt=0, le=1)
-    final_fraction: float = Field(0.1, ge=0, le=1, description="final learning rate / peak")
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.1, ge=0, le=10)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0, le=1e-2)
-    gradient_clip: float = Field(1.0, gt=0)
+    learning_rate: float = Field(default=4e-4, gt=0, le=1)
+    final_fraction: float = Field(default=0.1, ge=0, le=1, description="final learning rate / peak")
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0, le=10)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0, le=1e-2)
+    gradient_clip: float = Field(default=1.0, gt=0)
 
 
 class Checkpoint(Section):
-    every: int = Field(1000, ge=1, description="steps between checkpoints; the last step always saves")
-    keep: int = Field(2, ge=1)
+    every: int = Field(default=1000, ge=1, description="steps between checkpoints; the last step always saves")
+    keep: int = Field(default=2, ge=1)
 
 
 class Monitoring(Section):
-    log_every: int = Field(10, ge=1)
-    validate_every: int | None = Field(None, ge=1, description="null: only at the end")
-    validation_sequences: int = Field(64, ge=1)
-    sample_every: int | None = Field(None, ge=1)
-    sample_prompt: str = "def "
-    sample_tokens: int = Field(64, ge=1)
+    log_every: int = Field(default=10, ge=1)
+    validate_every: int | None = Field(default=None, ge=1, description="null: only at the end")
+    validation_sequences: int = Field(default=64, ge=1)
+    sample_every: int | None = Field(default=None, ge=1)
+    sample_prompt: str = Field(default="def ", min_length=1)
+    sample_tokens: int = Field(default=64, ge=1)
     tensorboard: bool = True
-    peak_flops: float | None = Field(None, gt=0, description="per device; null: measured with a matmul")
+    peak_flops: float | None = Field(default=None, gt=0, description="per device; null: measured with a matmul")
 
 
 class RunConfig(Section):

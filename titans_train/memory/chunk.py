@@ -83,10 +83,10 @@ def scaled_product(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
     return torch.bmm(x, w).mul_(scale)
 
 
-def read(
-    q: Tensor, weights: list[Tensor], momentum: list[Tensor], c: ChunkCoefficients, s: Saved, act: Activation
+def chunk_read(
+    q: Tensor, weights: list[Tensor], momentum: list[Tensor], c: ChunkCoefficients, s: Saved, act: Activation, norm: Norm | None
 ) -> Tensor:
-    """The causal read, layer by layer. Fills s.reads and s.read_pre, returns the MLP's output."""
+    """The causal read of every token, layer by layer: y [n, T, d]. Adds to `s` what the backward needs."""
     y = q
     for n, w in enumerate(weights):
         y = act.value(y) if n else y
@@ -96,46 +96,25 @@ def read(
             out += scaled_product(y, momentum[n], c.anchor_momentum)
         y = out.baddbmm_(torch.bmm(y, s.inputs[n].mT).mul_(c.writes), s.deltas[n], alpha=-1)
         s.read_pre.append(y)
-    return y
+    if norm is None:
+        return y
+    s.read_norm = Normalised.of(y)
+    return torch.addcmul(norm.bias + q, s.read_norm.value, norm.gain)
 
 
-def chunk_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    c: ChunkCoefficients,
-    anchor: list[Tensor],
-    weights: list[Tensor],
-    momentum: list[Tensor],
-    act: Activation,
-    norm: Norm | None,
-) -> tuple[Tensor, Saved]:
-    """Output [n, T, d] and what `chunk_update` and `chunk_backward` need."""
-    s = inner_gradients(k, v, anchor, act, norm)
-    y = read(q, weights, momentum, c, s, act)
-    if norm is not None:
-        s.read_norm = Normalised.of(y)
-        y = torch.addcmul(norm.bias + q, s.read_norm.value, norm.gain)
-    return y, s
-
-
-def chunk_update(
-    c: ChunkCoefficients, weights: list[Tensor], momentum: list[Tensor], s: Saved
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and momentum after the chunk."""
-    new_weights, new_momentum = [], []
+def chunk_update_(c: ChunkCoefficients, weights: list[Tensor], momentum: list[Tensor], s: Saved) -> None:
+    """Moves weights and momentum over the chunk, in place: fresh memory for every chunk costs more than the products."""
     for n, w in enumerate(weights):
         x, delta = s.inputs[n], s.deltas[n]
         narrow_x = w.shape[-2] <= w.shape[-1]
 
-        def written(scale: Tensor, x: Tensor = x, delta: Tensor = delta, narrow_x: bool = narrow_x) -> tuple[Tensor, Tensor]:
-            return ((scale * x).mT, delta) if narrow_x else (x.mT, scale * delta)
+        def write_(target: Tensor, scale: Tensor, x: Tensor = x, delta: Tensor = delta, narrow_x: bool = narrow_x) -> None:
+            left, right = ((scale * x).mT, delta) if narrow_x else (x.mT, scale * delta)
+            target.baddbmm_(left, right, alpha=-1)
 
-        new = w * c.end_anchor
+        w.mul_(c.end_anchor)
         if momentum:
-            new.addcmul_(momentum[n], c.end_anchor_momentum)
-            new_momentum.append(
-                (momentum[n] * c.end_momentum).baddbmm_(*written(c.end_momentum_writes), alpha=-1)
-            )
-        new_weights.append(new.baddbmm_(*written(c.end_writes), alpha=-1))
-    return new_weights, new_momentum
+            w.addcmul_(momentum[n], c.end_anchor_momentum)
+            momentum[n].mul_(c.end_momentum)
+            write_(momentum[n], c.end_momentum_writes)
+        write_(w, c.end_writes)

@@ -31,9 +31,8 @@ class MemoryLayerState:
 class NeuralMemory(nn.Module):
     """x [B, L, D] -> heads [B, L, H, d], reading the memory that it writes.
 
-    Initial values follow measurements of what trains without blowing up: the last layer of the memory starts
-    small, alpha near 0, convolutions near the identity, and theta is limited to theta_max * (1 - eta), since the
-    step sizes of a chunk and 1 / (1 - eta) multiply.
+    Initial values follow measurements of what trains without blowing up: alpha near 0, convolutions near the
+    identity, and theta limited to theta_max * (1 - eta), since the step sizes of a chunk and 1 / (1 - eta) multiply.
     """
 
     def __init__(self, shape: ModelShape, parts: object) -> None:
@@ -49,8 +48,7 @@ class NeuralMemory(nn.Module):
         sizes = [self.head_dim, *[m.hidden] * (m.depth - 1), self.head_dim]
         self.initial = Learned(
             *(
-                torch.randn(self.heads, a, b) * a**-0.5 * (0.1 if n == m.depth - 1 else 1.0)
-                for n, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
+                torch.randn(self.heads, a, b) * a**-0.5 for a, b in zip(sizes, sizes[1:], strict=False)
             )
         )
         per_head = (self.heads, self.head_dim)

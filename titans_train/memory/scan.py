@@ -75,16 +75,16 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         seq, weights, momentum, anchor = _flatten(spec, tensors)
-        walk = Walk(seq, weights, momentum, anchor if spec.entered else None)
+        walk = Walk(seq, weights, momentum, anchor if spec.entered else None).copied()
         y, stored = torch.empty_like(seq.v), []
         for segment in spec.grid:
-            stored += [*walk.weights, *walk.momentum]
+            stored += sum(walk.copy(), [])
             _, _, coef = seq.coefficients(segment)
             walk.outputs(segment, coef, y, spec.surprises)
         # The first segment's state is an input; it is kept in its flat form, for one reading path.
         ctx.spec = spec
         ctx.save_for_backward(*tensors, *stored)
-        ends = [w.clone() for w in walk.last_anchor] if spec.ends_inside else []
+        ends = walk.last_anchor if spec.ends_inside else []
         rows = tensors[0].shape[:2]  # type: ignore[union-attr]
         return tuple(x.unflatten(0, rows) for x in (y, *walk.weights, *walk.momentum, *ends))
 
@@ -142,19 +142,20 @@ class _Backward:
         weights, momentum = self.stored[2 * index : 2 * index + 2]
         keep, eta, coef = seq.coefficients(segment)
         entered = index == 0 and self.spec.entered
-        runs = Walk(seq, weights, momentum, self.entered_anchor if entered else None).run(segment, coef)
+        anchor = self.entered_anchor if entered else None
+        states = Walk(seq, weights, momentum, anchor).copied().states(segment, coef)
         d_rows = torch.zeros_like(coef.weight_rows)
         d_last = torch.zeros_like(coef.weight_rows[0])
-        for j in range(len(runs) - 1, -1, -1):
-            run = runs.pop()[1]
+        for j, span in reversed(list(enumerate(segment.spans()))):
+            run = Walk(seq, *states.pop(), anchor).chunk(span, coef.chunk(j))
             if entered:
                 self.adj.anchor = [torch.zeros_like(w) for w in weights]
             gradients = chunk_backward(
                 self.d_y[:, run.span], run.coefficients, run.anchor, run.weights, run.momentum,
                 run.saved, seq.act, seq.norm, self.adj,
             )  # fmt: skip
-            for anchor, d_end in zip(self.adj.anchor, self.d_end_anchor, strict=False):
-                anchor += d_end  # the last chunk's anchor was also an output
+            for d_anchor, d_end in zip(self.adj.anchor, self.d_end_anchor, strict=False):
+                d_anchor += d_end  # the last chunk's anchor was also an output
             self.d_end_anchor = []
             self.d_q[:, run.span], self.d_k[:, run.span], self.d_v[:, run.span] = gradients.q, gradients.k, gradients.v
             d_rows[:, :, j], d_last[:, j] = gradients.weight_rows.transpose(0, 1), gradients.last_momentum_row
@@ -164,10 +165,10 @@ class _Backward:
             if run.document_rows is not None:
                 self._document(run.document_rows)
         d_keep, d_eta, d_theta = coefficients_backward(coef, d_rows, d_last, keep, eta)
-        span = slice(segment.start, segment.stop)
-        self.d_keep[:, span], self.d_theta[:, span] = d_keep.flatten(1), d_theta.flatten(1)
+        whole = slice(segment.start, segment.stop)
+        self.d_keep[:, whole], self.d_theta[:, whole] = d_keep.flatten(1), d_theta.flatten(1)
         if self.d_eta is not None and d_eta is not None:
-            self.d_eta[:, span] = d_eta.flatten(1)
+            self.d_eta[:, whole] = d_eta.flatten(1)
         if entered:
             self.d_entered, self.adj.anchor = self.adj.anchor, self.adj.weights
 

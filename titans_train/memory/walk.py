@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from titans_train.memory.activation import Activation
-from titans_train.memory.chunk import Norm, Saved, chunk_forward, chunk_update
+from titans_train.memory.chunk import Norm, Saved, chunk_read, chunk_update_, inner_gradients
 from titans_train.memory.gates import ChunkCoefficients, Coefficients, coefficients
 
 
@@ -80,7 +80,7 @@ class Sequence:
 
 @dataclass
 class ChunkRun:
-    """A chunk that was run, as its backward needs it."""
+    """A chunk whose inner gradients are known, with what reading, updating and the backward need."""
 
     span: slice
     coefficients: ChunkCoefficients
@@ -90,9 +90,13 @@ class ChunkRun:
     saved: Saved
     document_rows: Tensor | None
 
+    def read(self, seq: Sequence) -> Tensor:
+        q = seq.q[:, self.span]
+        return chunk_read(q, self.weights, self.momentum, self.coefficients, self.saved, seq.act, seq.norm)
+
 
 class Walk:
-    """Runs chunks forward from a state.
+    """Runs chunks forward from a state. `outputs` and `states` move on in place: begin them with `copied()`.
 
     `entered_anchor` is the anchor of a chunk that an earlier call began, or None at a chunk border.
     """
@@ -102,31 +106,56 @@ class Walk:
     ) -> None:
         self.seq = seq
         self.weights, self.momentum, self.entered_anchor = weights, momentum, entered_anchor
-        self.last_anchor = weights
+        self.last_anchor: list[Tensor] = []
 
-    def run(self, segment: Segment, coef: Coefficients) -> list[tuple[Tensor, ChunkRun]]:
-        """Output [n, T, d] and record of each chunk in turn."""
-        return [self._chunk(span, coef.chunk(j)) for j, span in enumerate(segment.spans())]
+    def copied(self) -> Walk:
+        self.weights, self.momentum = self.copy()
+        return self
+
+    def copy(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The current state, safe from what the walk does next."""
+        return [w.clone() for w in self.weights], [s.clone() for s in self.momentum]
 
     def outputs(self, segment: Segment, coef: Coefficients, y: Tensor, surprises: list[Tensor] | None) -> None:
-        """Fills y[:, segment] and keeps nothing else."""
+        """Writes and reads every chunk: fills y[:, segment], keeps the state and a single chunk's anchor."""
         for j, span in enumerate(segment.spans()):
-            y[:, span], run = self._chunk(span, coef.chunk(j))
+            run = self._enter(span, coef.chunk(j))
+            if segment.chunks == 1:
+                self.last_anchor = [w.clone() for w in run.anchor]
+            y[:, span] = run.read(self.seq)
             if surprises is not None:
                 surprises.append(surprise(run.saved))
+            self._update(run)
 
-    def _chunk(self, span: slice, c: ChunkCoefficients) -> tuple[Tensor, ChunkRun]:
+    def states(self, segment: Segment, coef: Coefficients) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """Writes only: the state before each chunk of the segment."""
+        states = [self.copy()]
+        for j, span in enumerate(segment.spans()[:-1]):
+            self._update(self._enter(span, coef.chunk(j)))
+            states.append(self.copy())
+        return states
+
+    def _update(self, run: ChunkRun) -> None:
+        chunk_update_(run.coefficients, run.weights, run.momentum, run.saved)
+        self.weights, self.momentum = run.weights, run.momentum
+
+    def chunk(self, span: slice, c: ChunkCoefficients) -> ChunkRun:
+        """One chunk, written and read, for its backward; the state does not move on."""
+        run = self._enter(span, c)
+        run.read(self.seq)
+        return run
+
+    def _enter(self, span: slice, c: ChunkCoefficients) -> ChunkRun:
+        """Takes document states where documents start, and the inner gradients at the chunk's anchor."""
         seq, rows = self.seq, self.seq.document_rows(span.start)
         weights, momentum = self.weights, self.momentum
         if rows is not None:
             weights = [torch.where(rows, d, w) for d, w in zip(seq.document_weights, weights, strict=True)]
             momentum = [torch.where(rows, d, s) for d, s in zip(seq.document_momentum, momentum, strict=True)]
         anchor = weights if self.entered_anchor is None else self.entered_anchor
-        self.entered_anchor, self.last_anchor = None, anchor
-        q, k, v = seq.q[:, span], seq.k[:, span], seq.v[:, span]
-        y, saved = chunk_forward(q, k, v, c, anchor, weights, momentum, seq.act, seq.norm)
-        self.weights, self.momentum = chunk_update(c, weights, momentum, saved)
-        return y, ChunkRun(span, c, anchor, weights, momentum, saved, rows)
+        self.entered_anchor = None
+        saved = inner_gradients(seq.k[:, span], seq.v[:, span], anchor, seq.act, seq.norm)
+        return ChunkRun(span, c, anchor, weights, momentum, saved, rows)
 
 
 def surprise(saved: Saved) -> Tensor:

@@ -1,0 +1,175 @@
+"""Combinations that no run may have are refused, each with its remedy; the remedy is accepted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.config.samples import load, problems, write
+from titans_train.config import check_config
+
+RECALL = ("model.block=lmm", "data.source=recall", "data.recall.gap=0", "data.recall.pairs=16")
+
+# overrides that break the sample; the path reported; a part of the message; of the suggestion; overrides that mend it
+CASES = [
+    (["model.heads=5"], "model.heads", "do not divide model.width 32", "4 or 8", ["model.heads=4"]),
+    (["model.heads=32"], "model.heads", "need it even", "16", ["model.heads=16"]),
+    (["model.block=mac", "attention.segment=null"], "attention.segment", "mac", "128", ["attention.segment=64"]),
+    (
+        ["model.block=mac", "attention.segment=40"],
+        "attention.segment",
+        "not a multiple of memory.chunk_size 16",
+        "32 or 48",
+        ["attention.segment=32"],
+    ),
+    (
+        ["model.block=mac", "training.sequence_length=80"],
+        "training.sequence_length",
+        "attention.segment 32",
+        "64 or 96",
+        ["training.sequence_length=96"],
+    ),
+    (["attention.window=null"], "attention.window", "block mag", "use 32", ["attention.window=32"]),
+    (
+        ["model.block=mal", "attention.window=65"],
+        "attention.window",
+        "training.sequence_length 64",
+        "at most 64",
+        ["attention.window=64"],
+    ),
+    (
+        ["training.sequence_length=70"],
+        "training.sequence_length",
+        "memory.chunk_size 16",
+        "64 or 80",
+        ["training.sequence_length=80"],
+    ),
+    (
+        ["model.block=lmm", "training.sequence_length=8"],
+        "training.sequence_length",
+        "memory.chunk_size 16",
+        "use 16",
+        ["training.sequence_length=16"],
+    ),
+    (["parallel.tensor=2"], "parallel.tensor", "planned, not built yet", "use 1", ["parallel.tensor=1"]),
+    (["parallel.sequence=4"], "parallel.sequence", "planned, not built yet", "use 1", ["parallel.sequence=1"]),
+    (
+        ["parallel.sequence_parallel=true"],
+        "parallel.sequence_parallel",
+        "planned, not built yet",
+        "false",
+        ["parallel.sequence_parallel=false"],
+    ),
+    (
+        ["run.dtype=bfloat16", "parallel.zero_stage=0"],
+        "parallel.zero_stage",
+        "bfloat16",
+        "use 1",
+        ["parallel.zero_stage=1"],
+    ),
+    (["data.path=null"], "data.path", "null, but data.source is shards", "data_prep", ["data.path=x"]),
+    (["model.block=lmm", "data.source=recall"], "data.recall", "recall", "recall:", ["data.recall.gap=0"]),
+    (
+        [*RECALL, "data.recall.keys=8"],
+        "data.recall.pairs",
+        "data.recall.keys is 8",
+        "at most 8",
+        ["data.recall.keys=16"],
+    ),
+    (
+        [*RECALL[:2], "data.recall.pairs=16", "data.recall.gap=16"],
+        "training.sequence_length",
+        "too short",
+        "at least 80",
+        ["training.sequence_length=80"],
+    ),
+    (
+        [*RECALL, "model.vocabulary=129"],
+        "model.vocabulary",
+        "129 is too small",
+        "at least 130",
+        ["model.vocabulary=130"],
+    ),
+    (
+        ["training.global_batch_size=9"],
+        "training.global_batch_size",
+        "micro_batch_size 2",
+        "8 or 10",
+        ["training.global_batch_size=10"],
+    ),
+    (
+        ["optimizer.warmup_steps=11"],
+        "optimizer.warmup_steps",
+        "training.steps 10",
+        "at most 10",
+        ["optimizer.warmup_steps=10"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("broken", "path", "message", "suggestion", "mended"), CASES, ids=[f"{c[1]}-{c[0][0]}" for c in CASES]
+)
+def test_a_combination_is_refused_and_its_remedy_accepted(
+    tmp_path: Path, broken: list[str], path: str, message: str, suggestion: str, mended: list[str]
+) -> None:
+    found = problems(write(tmp_path), *broken)
+    assert set(found) == {path}
+    assert message in found[path].message
+    assert suggestion in found[path].suggestion
+    changed = {o.partition("=")[0] for o in mended}
+    load(tmp_path, *[o for o in broken if o.partition("=")[0] not in changed], *mended)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.block=transformer", "attention.window=null", "training.sequence_length=70"],
+        ["model.block=transformer", "memory.depth=3"],
+        ["model.block=lmm", "attention.window=4096"],
+        ["model.block=lmm", "model.heads=32"],
+        ["model.block=mac", "attention.window=4096"],
+        ["data.packing=isolate"],
+    ],
+)
+def test_settings_that_a_block_does_not_use_are_no_error(tmp_path: Path, overrides: list[str]) -> None:
+    load(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "message", "suggestion"),
+    [
+        (
+            3,
+            "8 sequences cannot be shared by 3 data-parallel ranks",
+            "use 6 or 12 for training.global_batch_size, or use 2 or 4",
+        ),
+        (8, "8 x 2 = 16", "use 16 for training.global_batch_size, or use 4"),
+    ],
+)
+def test_a_batch_that_the_processes_cannot_share_is_refused(
+    tmp_path: Path, world_size: int, message: str, suggestion: str
+) -> None:
+    found = problems(write(tmp_path), world_size=world_size)
+    assert message in found["training.global_batch_size"].message
+    assert suggestion in found["training.global_batch_size"].suggestion
+
+
+def test_a_world_that_does_not_hold_the_mesh_is_refused(tmp_path: Path) -> None:
+    found = problems(write(tmp_path), "parallel.tensor=2", world_size=3)
+    assert "3 processes are not a multiple" in found["world size"].message
+    assert "2 or 4" in found["world size"].suggestion
+
+
+def test_no_processes_are_refused(tmp_path: Path) -> None:
+    assert "at least 1" in problems(write(tmp_path), world_size=0)["world size"].message
+
+
+def test_a_config_from_elsewhere_can_be_checked_too(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    assert check_config(config) == []
+    training = config.training.model_copy(update={"sequence_length": 70})
+    assert [p.path for p in check_config(config.model_copy(update={"training": training}))] == [
+        "training.sequence_length"
+    ]

@@ -1,0 +1,77 @@
+"""Every file in configs/ is a valid config, and a model has the size that its name says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from titans_train.config import load_config
+from titans_train.plan import make_plan
+from titans_train.shape import BLOCKS
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+SIZES = {"170M": 170e6, "340M": 340e6, "400M": 400e6, "760M": 760e6, "1.3B": 1.3e9}
+TOKENS = {"170M": 15e9, "340M": 15e9, "400M": 15e9, "760M": 30e9}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(CONFIGS).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_a_file_is_a_valid_config(path: Path) -> None:
+    plan = make_plan(load_config(path))
+    assert plan.parameter_count > 0
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name in SIZES or p.stem in SIZES], ids=name)
+def test_a_model_has_the_size_of_its_name_within_5_percent(path: Path) -> None:
+    size = path.parent.name if path.parent.name in SIZES else path.stem
+    count = make_plan(load_config(path)).parameter_count
+    assert abs(count / SIZES[size] - 1) <= 0.05, f"{count:,}"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_has_every_block_with_the_recipe_of_the_paper(size: str) -> None:
+    files = {p.stem: p for p in (CONFIGS / "sizes" / size).glob("*.yaml")}
+    assert set(files) == set(BLOCKS)
+    for block, path in files.items():
+        plan = make_plan(load_config(path))
+        assert plan.shape.block == block
+        assert plan.config.run.name == f"{size}-{block}"
+        assert (plan.shape.vocabulary, plan.config.training.sequence_length, plan.tokens_per_step) == (
+            32000,
+            4096,
+            2**19,
+        )
+        assert (plan.config.optimizer.learning_rate, plan.config.optimizer.weight_decay) == (4e-4, 0.1)
+        assert plan.total_tokens == pytest.approx(TOKENS.get(size, 100e9), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_blocks_of_a_size_differ_in_depth_only(size: str) -> None:
+    shapes = [make_plan(load_config(p)).shape for p in (CONFIGS / "sizes" / size).glob("*.yaml")]
+    assert len({(s.width, s.heads, s.feed_forward, s.tied_head) for s in shapes}) == 1
+
+
+def test_the_quickstart_and_its_baseline_differ_in_the_block_only() -> None:
+    ours, baseline = (load_config(CONFIGS / f) for f in ("quickstart.yaml", "quickstart_transformer.yaml"))
+    assert (ours.model.block, baseline.model.block) == ("mag", "transformer")
+    assert ours.model.model_copy(update={"block": "transformer"}) == baseline.model
+    assert (ours.data, ours.training, ours.optimizer, ours.run.seed) == (
+        baseline.data, baseline.training, baseline.optimizer, baseline.run.seed,
+    )  # fmt: skip
+
+
+def test_recall_is_asked_four_chunks_later_and_beyond_convolution() -> None:
+    config = load_config(CONFIGS / "recall.yaml")
+    task = config.data.recall
+    assert task is not None
+    assert (config.model.block, config.data.source) == ("lmm", "recall")
+    assert task.pairs >= 16
+    assert task.values >= 64
+    assert config.memory.chunk_size >= 16
+    assert task.gap >= 4 * config.memory.chunk_size
+    assert task.gap > config.memory.convolution * config.model.layers

@@ -1,0 +1,117 @@
+"""python -m titans_train <verb> …: one line per verb, then the verb's own package.
+
+`check` and `plan` run on a login node: they import neither torch nor anything that does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from titans_train.config import ConfigError, load_config
+from titans_train.config.errors import Problem, closest
+from titans_train.plan import Plan, make_plan, processes
+
+USAGE = """usage: python -m titans_train <verb> ...
+
+  check     CONFIG.yaml [key.path=value ...] [--world N]    is this config right? every problem at once
+  plan      CONFIG.yaml [key.path=value ...] [--world N] [--json]    parameters, FLOPs, memory, disk
+  train     CONFIG.yaml [key.path=value ...]    under torchrun, or alone; resumes by itself
+  evaluate  -h    loss, perplexity and bits per byte of a checkpoint
+  generate  -h    text from a checkpoint
+  benchmark -h    speed and memory, beside peers
+"""
+
+
+def _parser(verb: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m titans_train {verb}")
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    return parser
+
+
+def _read_plan(verb: str, args: Sequence[str]) -> tuple[argparse.Namespace, Plan]:
+    parser = _parser(verb)
+    parser.add_argument("--world", type=int, default=1, metavar="N", help="number of processes (default: 1)")
+    if verb == "plan":
+        parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    options = parser.parse_intermixed_args(list(args))
+    config = load_config(options.config, options.overrides, options.world)
+    return options, make_plan(config, options.world)
+
+
+def check(args: Sequence[str]) -> None:
+    options, checked = _read_plan("check", args)
+    size = f"{checked.shape.block}, {checked.parameter_count:,} parameters"
+    print(f"{options.config} is right: {size}, {processes(checked.world_size)}")
+
+
+def plan(args: Sequence[str]) -> None:
+    options, planned = _read_plan("plan", args)
+    print(json.dumps(planned.to_dict(), indent=2) if options.json else planned.describe())
+
+
+def train(args: Sequence[str]) -> object:
+    options = _parser("train").parse_intermixed_args(list(args))
+    world_size = _world_size()
+    run_plan = make_plan(load_config(options.config, options.overrides, world_size), world_size)
+    from titans_train.training.loop import train as run
+
+    return run(run_plan)
+
+
+def evaluate(args: Sequence[str]) -> object:
+    from titans_train.evaluation import main as run
+
+    return run(list(args))
+
+
+def generate(args: Sequence[str]) -> object:
+    from titans_train.inference import main as run
+
+    return run(list(args))
+
+
+def benchmark(args: Sequence[str]) -> object:
+    from titans_train.benchmark import main as run
+
+    return run(list(args))
+
+
+VERBS: dict[str, Callable[[Sequence[str]], object]] = {
+    "check": check, "plan": plan, "train": train, "evaluate": evaluate, "generate": generate, "benchmark": benchmark,
+}  # fmt: skip
+
+
+def _world_size() -> int:
+    """Number of processes, as torchrun and its like state it in WORLD_SIZE; without it, 1."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdigit():
+        raise ConfigError([Problem("WORLD_SIZE", f"{text!r} is not a number of processes", "start with torchrun")])
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb. Exit status: 0, what the verb returns as an integer, or 2 for refused input."""
+    verb, *args = list(sys.argv[1:] if argv is None else argv) or [""]
+    if verb in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if verb not in VERBS:
+        similar = closest(verb, VERBS)
+        hint = f"did you mean {similar}?" if similar else "verbs: " + ", ".join(VERBS)
+        print(f"{USAGE}\nthere is no verb {verb!r}; {hint}" if verb else USAGE, file=sys.stderr)
+        return 2
+    try:
+        result = VERBS[verb](args)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

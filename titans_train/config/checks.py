@@ -1,0 +1,175 @@
+"""Combinations that no run may have. Each check looks at several values and yields a problem with its remedy.
+
+A check reads the config as if it were whole. When a value that it needs is itself wrong, the check ends there
+(UnknownValueError): that value is already reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from titans_train.config.errors import Problem, nearest_divisors, nearest_multiples, show, use
+from titans_train.config.explain import UnknownValueError
+from titans_train.config.schema import RunConfig
+
+Check = Callable[[RunConfig], Iterator[Problem]]
+
+ATTENTION_BLOCKS = ("transformer", "mac", "mag", "mal")
+WINDOW_BLOCKS = ("transformer", "mag", "mal")
+
+
+def check_config(config: RunConfig, world_size: int | None = None) -> list[Problem]:
+    """Everything wrong across sections, and with `world_size` processes if given."""
+    return check_partial(config, world_size)
+
+
+def check_partial(config: Any, world_size: int | None) -> list[Problem]:
+    """`config`: a RunConfig, or a `Partial` of one."""
+    problems: list[Problem] = []
+    checks = [*CHECKS, lambda c: mesh(c, world_size)] if world_size is not None else CHECKS
+    for check in checks:
+        try:
+            problems.extend(check(config))
+        except UnknownValueError:
+            continue
+    return problems
+
+
+def heads(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    even = 2 if model.block in ATTENTION_BLOCKS else 1
+    if model.width % model.heads:
+        message = f"{model.heads} heads do not divide model.width {model.width}"
+        yield Problem("model.heads", message, use("model.heads", nearest_divisors(model.width, model.heads, even)))
+    elif (model.width // model.heads) % even:
+        head_dim = model.width // model.heads
+        message = f"{model.heads} heads of model.width {model.width} are {head_dim} wide; rotary positions need it even"
+        choices = nearest_divisors(model.width, model.heads, even)
+        yield Problem("model.heads", message, use("model.heads", choices) or use("model.width", [2 * model.width]))
+
+
+def segment(config: RunConfig) -> Iterator[Problem]:
+    if config.model.block != "mac":
+        return
+    chunk, length = config.memory.chunk_size, config.attention.segment
+    if length is None:
+        yield Problem("attention.segment", "null, but block mac attends within segments", f"use {8 * chunk}")
+        return
+    if length % chunk:
+        message = f"{length} is not a multiple of memory.chunk_size {chunk}"
+        yield Problem("attention.segment", message, use("attention.segment", nearest_multiples(chunk, length)))
+    tokens = config.training.sequence_length
+    if length % chunk == 0 and tokens % length:
+        message = f"{tokens} is not a multiple of attention.segment {length}"
+        choices = nearest_multiples(length, tokens)
+        yield Problem("training.sequence_length", message, use("training.sequence_length", choices))
+
+
+def chunk(config: RunConfig) -> Iterator[Problem]:
+    """MAC's segment is a multiple of the chunk, so there `segment` says it all, unless there is no segment."""
+    if config.model.block == "transformer" or (config.model.block == "mac" and config.attention.segment is not None):
+        return
+    size, tokens = config.memory.chunk_size, config.training.sequence_length
+    if tokens % size:
+        message = f"{tokens} is not a multiple of memory.chunk_size {size}"
+        choices = nearest_multiples(size, tokens)
+        yield Problem("training.sequence_length", message, use("training.sequence_length", choices))
+
+
+def window(config: RunConfig) -> Iterator[Problem]:
+    block, size = config.model.block, config.attention.window
+    if block in ("mag", "mal") and size is None:
+        message = f"null, but block {block} attends within a sliding window"
+        yield Problem("attention.window", message, f"use {max(1, config.training.sequence_length // 2)}")
+    elif block in WINDOW_BLOCKS and size is not None and size > config.training.sequence_length:
+        tokens = config.training.sequence_length
+        message = f"{size} is longer than training.sequence_length {tokens}"
+        yield Problem("attention.window", message, f"use at most {tokens}")
+
+
+def not_built(config: RunConfig) -> Iterator[Problem]:
+    for name in ("tensor", "sequence"):
+        size = getattr(config.parallel, name)
+        if size > 1:
+            message = f"{size}: splitting by {name} is planned, not built yet; the limit is 1"
+            yield Problem(f"parallel.{name}", message, "use 1; more processes then hold more sequences of the batch")
+    if config.parallel.sequence_parallel:
+        yield Problem("parallel.sequence_parallel", "true: planned, not built yet", "use false")
+
+
+def precision(config: RunConfig) -> Iterator[Problem]:
+    if config.run.dtype == "bfloat16" and config.parallel.zero_stage == 0:
+        message = "0 with run.dtype bfloat16 gives wrong losses in DeepSpeed"
+        yield Problem("parallel.zero_stage", message, "use 1, or run.dtype float32")
+
+
+def source(config: RunConfig) -> Iterator[Problem]:
+    if config.data.source == "shards" and not config.data.path:
+        message = f"{show(config.data.path)}, but data.source is shards"
+        yield Problem("data.path", message, "give the folder that python -m data_prep wrote")
+    if config.data.source == "recall" and config.data.recall is None:
+        yield Problem("data.recall", "null, but data.source is recall", "write 'recall: {pairs: 16}' below 'data:'")
+
+
+def recall(config: RunConfig) -> Iterator[Problem]:
+    task = config.data.recall
+    if config.data.source != "recall" or task is None:
+        return
+    if task.pairs > task.keys:
+        message = f"{task.pairs} pairs need as many different keys, data.recall.keys is {task.keys}"
+        yield Problem("data.recall.pairs", message, f"use at most {task.keys}, or data.recall.keys {task.pairs}")
+    needed, given = 4 * task.pairs + task.gap, config.training.sequence_length
+    if needed > given:
+        message = f"{given} is too short for {task.pairs} pairs, a gap of {task.gap} and {task.pairs} queries"
+        yield Problem("training.sequence_length", message, f"use at least {needed}")
+    symbols, vocabulary = task.keys + task.values + 2, config.model.vocabulary
+    if vocabulary < symbols:
+        message = f"{vocabulary} is too small for {task.keys} keys, {task.values} values and 2 other tokens"
+        yield Problem("model.vocabulary", message, f"use at least {symbols}")
+
+
+def batch(config: RunConfig) -> Iterator[Problem]:
+    whole, micro = config.training.global_batch_size, config.training.micro_batch_size
+    if whole % micro:
+        message = f"{whole} is not a multiple of training.micro_batch_size {micro}"
+        choices = nearest_multiples(micro, whole)
+        yield Problem("training.global_batch_size", message, use("training.global_batch_size", choices))
+
+
+def schedule(config: RunConfig) -> Iterator[Problem]:
+    warmup, steps = config.optimizer.warmup_steps, config.training.steps
+    if warmup > steps:
+        message = f"{warmup} is more than training.steps {steps}"
+        yield Problem("optimizer.warmup_steps", message, f"use at most {steps}")
+
+
+def mesh(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    """Do the batch and the mesh fit `world_size` processes? tensor * sequence * data = world size."""
+    assert world_size is not None
+    if world_size < 1:
+        yield Problem("world size", f"{world_size} processes; the limit is at least 1", "use 1")
+        return
+    model_ranks = config.parallel.tensor * config.parallel.sequence
+    if world_size % model_ranks:
+        message = (
+            f"{world_size} processes are not a multiple of parallel.tensor x parallel.sequence = "
+            f"{config.parallel.tensor} x {config.parallel.sequence} = {model_ranks}"
+        )
+        yield Problem("world size", message, use("the number of processes", nearest_multiples(model_ranks, world_size)))
+        return
+    ranks, micro = world_size // model_ranks, config.training.micro_batch_size
+    whole = config.training.global_batch_size
+    if whole % micro == 0 and whole % (ranks * micro):
+        message = (
+            f"{whole} sequences cannot be shared by {ranks} data-parallel ranks in micro-batches of {micro}: "
+            f"{whole} is not a multiple of {ranks} x {micro} = {ranks * micro}"
+        )
+        fitting = [n * model_ranks for n in nearest_divisors(whole // micro, ranks)]
+        remedy = use("training.global_batch_size", nearest_multiples(ranks * micro, whole))
+        yield Problem("training.global_batch_size", message, f"{remedy}, or {use('the number of processes', fitting)}")
+
+
+CHECKS: list[Check] = [
+    heads, segment, chunk, window, not_built, precision, source, recall, batch, schedule,
+]  # fmt: skip

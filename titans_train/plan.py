@@ -1,0 +1,237 @@
+"""The plan: everything that follows from a config and a number of processes, derived once.
+
+Others read these numbers from the plan and never derive them again; it is printed by `plan` and saved with the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from titans_train import plan_counts as counts
+from titans_train.config import ConfigError, RunConfig, check_config
+from titans_train.shape import AttentionShape, MemoryShape, ModelShape
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+class PlanError(ConfigError):
+    """A config that does not fit the number of processes, or that `load_config` would have refused."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: RunConfig
+    shape: ModelShape
+    run_directory: Path
+    world_size: int  # processes
+    data_parallel: int  # ranks that see different sequences
+    accumulation: int  # micro-batches per rank and optimiser step
+    tokens_per_step: int
+    total_tokens: int
+    warmup_steps: int
+    parameters: dict[str, int]  # by part
+    flops_by_part: dict[str, float]  # per token, forward and backward, no recomputation
+    memory_bytes: dict[str, int]  # per rank, by part and "total", for the ZeRO stage in use
+    memory_by_stage: dict[int, dict[str, int]]  # the same for every ZeRO stage
+    checkpoint_bytes: int
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def flops_per_token(self) -> float:
+        return sum(self.flops_by_part.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, every number and the config that they came from."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "shape": self.shape.to_dict(),
+            "run_directory": str(self.run_directory),
+            "mesh": {"world_size": self.world_size, **self._mesh()},
+            "batch": {
+                "accumulation": self.accumulation,
+                "tokens_per_step": self.tokens_per_step,
+                "total_tokens": self.total_tokens,
+                "warmup_steps": self.warmup_steps,
+            },
+            "parameters": {**self.parameters, "total": self.parameter_count},
+            "flops_per_token": {**self.flops_by_part, "total": self.flops_per_token},
+            "memory_bytes_per_rank": self.memory_bytes,
+            "memory_bytes_by_zero_stage": {str(stage): dict(b) for stage, b in self.memory_by_stage.items()},
+            "checkpoint_bytes": self.checkpoint_bytes,
+        }
+
+    def _mesh(self) -> dict[str, int]:
+        parallel = self.config.parallel
+        return {"data": self.data_parallel, "sequence": parallel.sequence, "tensor": parallel.tensor}
+
+    def describe(self) -> str:
+        """The plan for people."""
+        sections = [self._describe_run(), self._describe_parameters(), self._describe_flops(), self._describe_memory()]
+        return "\n\n".join("\n".join(lines) for lines in sections)
+
+    def _describe_run(self) -> list[str]:
+        c, s = self.config, self.shape
+        t = c.training
+        lines = [f"run         {self.run_directory}, {c.run.dtype}, seed {c.run.seed}"]
+        lines.append(
+            f"model       {s.block}: {s.layers} layers, width {s.width}, {s.heads} heads of {s.head_dim}, "
+            f"feed-forward {s.feed_forward}, vocabulary {s.vocabulary}{', tied head' if s.tied_head else ''}"
+        )
+        if s.memory is not None:
+            m = s.memory
+            lines.append(
+                f"memory      chunk {m.chunk_size}, depth {m.depth}, hidden {m.hidden}, theta up to {m.theta_max:.3g}, "
+                f"a state kept every {m.store_every} chunks"
+            )
+        if s.has_attention:
+            a = s.attention
+            reach = f"segment {a.segment}" if a.segment is not None else f"window {a.window or 'all'}"
+            lines.append(f"attention   {reach}, {a.persistent_tokens} persistent tokens")
+        mesh = " x ".join(f"{name} {size}" for name, size in self._mesh().items())
+        batch = f"{t.global_batch_size} sequences x {t.sequence_length} tokens = {self.tokens_per_step:,} tokens"
+        keep, disk = c.checkpoint.keep, self.checkpoint_bytes
+        together = f"{human_bytes((keep + 1) * disk)} while one is written beside {keep}"
+        return [
+            *lines,
+            f"mesh        {processes(self.world_size)} = {mesh}; ZeRO stage {c.parallel.zero_stage}",
+            f"step        {batch}; each rank {self.accumulation} x {t.micro_batch_size} sequences",
+            f"training    {t.steps:,} steps, {self.warmup_steps:,} of warm-up: {self.total_tokens:,} tokens",
+            f"checkpoint  {human_bytes(disk)} each, {together}",
+        ]
+
+    def _describe_parameters(self) -> list[str]:
+        total = self.parameter_count
+        rows = [f"  {name:<24}{n:>16,}{n / total:>8.1%}" for name, n in self.parameters.items() if n]
+        return ["parameters", *rows, f"  {'total':<24}{total:>16,}"]
+
+    def _describe_flops(self) -> list[str]:
+        total = self.flops_per_token
+        rows = [f"  {name:<24}{n:>16,.0f}{n / total:>8.1%}" for name, n in self.flops_by_part.items() if n]
+        return [
+            "FLOPs per token, forward and backward", *rows, f"  {'total':<24}{total:>16,.0f}",
+            f"  whole run {total * self.total_tokens:.3g}",
+        ]  # fmt: skip
+
+    def _describe_memory(self) -> list[str]:
+        """One column per ZeRO stage, the one in use marked."""
+        used = self.config.parallel.zero_stage
+        stages = list(self.memory_by_stage)
+        head = "".join(f"{('*' if stage == used else '') + f'ZeRO {stage}':>14}" for stage in stages)
+        rows = [
+            f"  {part:<24}" + "".join(f"{human_bytes(self.memory_by_stage[stage][part]):>14}" for stage in stages)
+            for part in self.memory_bytes
+        ]
+        return [f"{'memory per process':<26}{head}", *rows, "  (* in use; activations are an estimate)"]
+
+
+def resolve_shape(config: RunConfig) -> ModelShape:
+    """The architecture with every default filled in. What a block does not use is left out (None, or 0)."""
+    m, a, block = config.model, config.attention, config.model.block
+    width = 32  # feed-forward widths are multiples of this, which devices and splits like
+    return ModelShape(
+        block=block,
+        layers=m.layers,
+        width=m.width,
+        heads=m.heads,
+        head_dim=m.width // m.heads,
+        vocabulary=m.vocabulary,
+        feed_forward=m.feed_forward if m.feed_forward is not None else -(-8 * m.width // (3 * width)) * width,
+        tied_head=m.tied_head,
+        norm_eps=float(m.norm_eps),
+        initializer_std=float(m.initializer_std),
+        memory=None if block == "transformer" else _resolve_memory(config),
+        attention=AttentionShape(
+            window=a.window if block in ("transformer", "mag", "mal") else None,
+            segment=a.segment if block == "mac" else None,
+            persistent_tokens=0 if block == "transformer" else a.persistent_tokens,
+            rope_base=float(a.rope_base),
+        ),
+    )
+
+
+def _resolve_memory(config: RunConfig) -> MemoryShape:
+    """theta_max: c / b keeps a chunk's writes stable, c = 4 with the norm inside the memory, else 1.
+
+    store_every: a state every 16 chunks; for chunks above 64 fewer, since recomputing keeps about 1024 tokens' worth.
+    """
+    m = config.memory
+    limit = 4.0 if m.residual_norm else 1.0
+    return MemoryShape(
+        chunk_size=m.chunk_size,
+        depth=m.depth,
+        hidden=m.expansion * (config.model.width // config.model.heads),
+        activation=m.activation,
+        residual_norm=m.residual_norm,
+        momentum=m.momentum,
+        forgetting=m.forgetting,
+        write=m.write,
+        normalize_values=m.normalize_values,
+        convolution=m.convolution,
+        theta_max=float(m.theta_max) if m.theta_max is not None else limit / m.chunk_size,
+        couple_theta=m.couple_theta,
+        forget_bias=float(m.forget_bias),
+        momentum_bias=float(m.momentum_bias),
+        theta_bias=float(m.theta_bias),
+        store_every=m.store_every if m.store_every is not None else min(16, max(1, 1024 // m.chunk_size)),
+    )
+
+
+def make_plan(config: RunConfig, world_size: int | None = None) -> Plan:
+    """Derives the plan for `world_size` processes (None: 1).
+
+    Errors: PlanError with every problem, such as a batch that the processes cannot share evenly.
+    """
+    world_size = 1 if world_size is None else world_size
+    problems = check_config(config, world_size)
+    if problems:
+        raise PlanError(problems, f"run {config.run.name} on {processes(world_size)}")
+    shape, t = resolve_shape(config), config.training
+    data_parallel = world_size // (config.parallel.tensor * config.parallel.sequence)
+    parameters = counts.parameters(shape)
+    count = sum(parameters.values())
+    by_stage = {stage: _memory(config, shape, count, stage, data_parallel) for stage in counts.ZERO_STAGES}
+    tokens_per_step = t.global_batch_size * t.sequence_length
+    return Plan(
+        config=config,
+        shape=shape,
+        run_directory=Path(config.run.folder) / config.run.name,
+        world_size=world_size,
+        data_parallel=data_parallel,
+        accumulation=t.global_batch_size // (data_parallel * t.micro_batch_size),
+        tokens_per_step=tokens_per_step,
+        total_tokens=t.steps * tokens_per_step,
+        warmup_steps=config.optimizer.warmup_steps,
+        parameters=parameters,
+        flops_by_part=counts.flops_per_token(shape, t.sequence_length),
+        memory_bytes=by_stage[config.parallel.zero_stage],
+        memory_by_stage=by_stage,
+        checkpoint_bytes=counts.checkpoint_bytes(count),
+    )
+
+
+def _memory(config: RunConfig, shape: ModelShape, count: int, stage: int, ranks: int) -> dict[str, int]:
+    t, item = config.training, ITEM_BYTES[config.run.dtype]
+    parts = counts.zero_bytes(count, stage, ranks, item)
+    tokens = t.micro_batch_size * t.sequence_length
+    parts["activations"] = counts.activation_bytes(shape, tokens, item, t.activation_checkpointing)
+    parts["scan_states"] = counts.scan_state_bytes(
+        shape, t.sequence_length, t.micro_batch_size, t.activation_checkpointing
+    )
+    return {**parts, "total": sum(parts.values())}
+
+
+def human_bytes(n: int) -> str:
+    """12345678 -> '11.8 MiB'"""
+    value, units = float(n), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def processes(n: int) -> str:
+    return f"{n} process" if n == 1 else f"{n} processes"

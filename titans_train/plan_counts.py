@@ -1,0 +1,205 @@
+"""Counting formulas: parameters, FLOPs, bytes. Pure functions of a model shape; each states what it counts.
+
+Legend: D width, H heads, d = D/H, V vocabulary, F feed-forward width, P persistent tokens, K convolution taps,
+b chunk, h memory hidden width, L sequence length, N parameters, R data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from titans_train.shape import MemoryShape, ModelShape
+
+FLOAT32 = 4  # bytes
+ZERO_STAGES = (0, 1, 2, 3)
+
+
+# -- parameters -------------------------------------------------------------------------------------------------
+
+
+def memory_layers(shape: ModelShape) -> list[tuple[int, int]]:
+    """(inputs, outputs) of each weight matrix of one head's memory; empty without memory."""
+    if shape.memory is None:
+        return []
+    sizes = [shape.head_dim, *[shape.memory.hidden] * (shape.memory.depth - 1), shape.head_dim]
+    return list(pairwise(sizes))
+
+
+def fast_weights(shape: ModelShape) -> int:
+    """Numbers in the weights of the memory of one layer, all heads: H * sum of inputs * outputs."""
+    return shape.heads * sum(i * o for i, o in memory_layers(shape))
+
+
+def memory_core(shape: ModelShape, m: MemoryShape) -> int:
+    """q, k, v projections 3 D^2; their convolutions 3 D K; gates D H + H each; initial weights; gain and bias 2 D."""
+    width = shape.width
+    gates = (m.forgetting + m.momentum + m.write) * (width * shape.heads + shape.heads)
+    convolutions = 3 * width * m.convolution if m.convolution > 1 else 0
+    return 3 * width**2 + convolutions + gates + fast_weights(shape) + (2 * width if m.residual_norm else 0)
+
+
+def block_parameters(shape: ModelShape) -> dict[str, int]:
+    """Parameters of one block by part; the block's own layers are listed in `models/blocks.py` and `models/mac.py`."""
+    width, m, block = shape.width, shape.memory, shape.block
+    square = width**2
+    core = memory_core(shape, m) if m is not None else 0
+    mixer = core + width + 2 * square  # memory, output norm, linear gate, output projection
+    # part: attention, memory, combination of the two, number of RMSNorms
+    attention, memory, combine, norms = {
+        "transformer": (4 * square, 0, 0, 2),
+        "lmm": (0, mixer, 0, 2),
+        "mag": (3 * square, core, 2 * width + square, 2),  # two scales, one output projection
+        "mac": (4 * square, core + width, 2 * width + square, 2),  # core and the norm of what is read
+        "mal": (4 * square, mixer, 0, 3),
+    }[block]
+    return {
+        "persistent": shape.attention.persistent_tokens * width if shape.has_memory else 0,
+        "attention": attention,
+        "memory": memory,
+        "combine": combine,
+        "feed_forward": 3 * width * shape.feed_forward,
+        "norms": norms * width,
+    }
+
+
+def parameters(shape: ModelShape) -> dict[str, int]:
+    """Trainable parameters of the whole model by part. A tied head is the embedding and counts once."""
+    blocks = {part: shape.layers * n for part, n in block_parameters(shape).items()}
+    blocks["norms"] += shape.width  # the last norm
+    table = shape.vocabulary * shape.width
+    return {"embedding": table, **blocks, "head": 0 if shape.tied_head else table}
+
+
+# -- FLOPs per token --------------------------------------------------------------------------------------------
+
+
+def attention_keys(shape: ModelShape, length: int) -> float:
+    """Keys that a query sees, on average over the `length` tokens of a sequence (causal, P included).
+
+    Window w: token t sees min(t, w). MAC: within a segment of C tokens, t of x and t of what was read.
+    """
+    a = shape.attention
+    if not shape.has_attention:
+        return 0.0
+    if shape.block == "mac":
+        assert a.segment is not None
+        return a.persistent_tokens + min(a.segment, length) + 1.0
+    w = length if a.window is None else min(a.window, length)
+    seen = (w * (w + 1) / 2 + (length - w) * w) / length
+    return seen + (a.persistent_tokens if shape.has_memory else 0)
+
+
+def scan_forward_flops(shape: ModelShape, length: int) -> float:
+    """Matrix products of the memory scan, forward, per token, all heads of one layer.
+
+    A layer i x o of the memory costs per token and head 2 i o for each of: keys forward, weights read,
+    momentum read, weights updated, momentum updated; 2 i o for the inner backward (not in the first layer); and
+    2 b (i + o) for the products within the chunk. Two layers d x h x d: 22 d h + 4 b (d + h).
+    Gates, norms and activations are not counted.
+    """
+    if shape.memory is None:
+        return 0.0
+    chunk = min(shape.memory.chunk_size, length)
+    products = 5 if shape.memory.momentum else 3
+    flops = 0
+    for n, (i, o) in enumerate(memory_layers(shape)):
+        flops += 2 * i * o * (products + (n > 0)) + 2 * chunk * (i + o)
+    return float(shape.heads * flops)
+
+
+def flops_per_token(shape: ModelShape, length: int) -> dict[str, float]:
+    """Forward and backward FLOPs per token by part, as for model-FLOPs utilisation: recomputation not counted.
+
+    A weight used once per token: 6 (2 forward, 4 backward). Attention: 12 D per key seen (2 D for the score and
+    2 D for the sum, three times over). The scan: three times its forward. The head: 6 D V, tied or not.
+    MAC uses some weights twice: k and v of attention also on what was read, q of the memory also to read, and reads
+    the memory once more (2 i o per layer and head).
+    """
+    width, layers = shape.width, shape.layers
+    per_block = block_parameters(shape)
+    scan = 3 * scan_forward_flops(shape, length)
+    taps = shape.memory.convolution if shape.memory is not None and shape.memory.convolution > 1 else 0
+    fixed = fast_weights(shape) + (2 * width if shape.memory is not None and shape.memory.residual_norm else 0)
+    memory = 6 * max(per_block["memory"] - fixed, 0)
+    attention = 6 * per_block["attention"]
+    if shape.block == "mac":
+        attention += 6 * 2 * width**2
+        memory += 6 * (width**2 + width * taps)
+        scan += 6 * fast_weights(shape)
+    return {
+        "attention_projections": float(layers * attention),
+        "attention_scores": layers * 12 * width * attention_keys(shape, length),
+        "memory_projections": float(layers * memory),
+        "memory_scan": layers * scan,
+        "combine": float(layers * 6 * per_block["combine"]),
+        "feed_forward": float(layers * 6 * per_block["feed_forward"]),
+        "head": float(6 * width * shape.vocabulary),
+    }
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------
+
+
+def zero_bytes(count: int, stage: int, ranks: int, item: int) -> dict[str, int]:
+    """Bytes per rank of N = `count` parameters stored with `item` bytes each, AdamW, for a ZeRO stage over R ranks.
+
+    Stage 1 splits moments and float32 master weights, 2 also the gradients, 3 also the parameters. Master weights
+    exist for bfloat16, and in DeepSpeed's stages 1 and 2 for float32 as well (its flat copy of the partition).
+    A stage's communication buffers are not counted.
+    """
+    part = -(-count // ranks)
+    moments = 2 * FLOAT32 * (part if stage >= 1 else count)
+    master = FLOAT32 * (part if stage >= 1 else count) if item < FLOAT32 or stage in (1, 2) else 0
+    return {
+        "parameters": item * (part if stage >= 3 else count),
+        "gradients": item * (part if stage >= 2 else count),
+        "master_weights": master,
+        "optimizer": moments,
+    }
+
+
+def activation_bytes(shape: ModelShape, tokens: int, item: int, checkpointing: bool) -> int:
+    """An estimate of what autograd keeps for `tokens` tokens of a micro-batch; the scan's states are apart.
+
+    Per token and block, in numbers of width D (counted from the tensors that the layers save):
+    attention 8 D (normalised input, q, k, v, rotated q and k, output, input of the projection), 4 D more for the
+    overlapping blocks of a window, 28 D more for MAC's read and its joined keys;
+    memory 16 D and 5 float32 copies of width D for the scan; combination 6 D;
+    feed-forward 2 D + 4 F. Logits: V in the model's dtype and twice in float32 (loss and its gradient).
+    With checkpointing: every block's input, and one block's tensors at a time.
+    """
+    width, block = shape.width, shape.block
+    numbers = 2 * width + 4 * shape.feed_forward
+    if shape.has_attention:
+        numbers += 8 * width
+        if block == "mac":
+            numbers += 28 * width  # the read and its norms; keys and values of both, joined segment by segment
+        elif shape.attention.window is not None:
+            numbers += 4 * width
+    per_block = item * numbers
+    if shape.has_memory:
+        per_block += item * (16 + 6) * width + FLOAT32 * 5 * width
+    head = shape.vocabulary * (item + 2 * FLOAT32)
+    if checkpointing:
+        return tokens * (shape.layers * width * item + per_block + head)
+    return tokens * (shape.layers * per_block + head)
+
+
+def scan_state_bytes(shape: ModelShape, length: int, sequences: int, checkpointing: bool) -> int:
+    """Memory states (weights, and momentum if any, float32) that the scans keep for their backward.
+
+    Every `store_every`-th chunk's state in each layer (one layer at a time with checkpointing), and while one layer's
+    backward runs, the states of the segment that it recomputes.
+    """
+    if shape.memory is None:
+        return 0
+    m = shape.memory
+    state = fast_weights(shape) * (2 if m.momentum else 1) * FLOAT32 * sequences
+    chunks = -(-length // m.chunk_size)
+    kept = -(-chunks // m.store_every)
+    return state * (kept * (1 if checkpointing else shape.layers) + min(m.store_every, chunks))
+
+
+def checkpoint_bytes(count: int) -> int:
+    """Float32 weights and AdamW's two moments."""
+    return 3 * FLOAT32 * count
