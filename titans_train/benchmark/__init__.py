@@ -1,0 +1,23 @@
+"""Measurements, each a verb of `python -m titans_train benchmark NAME`: ours beside its peers, in one run.
+
+Speeds are process CPU seconds on one thread and medians over rounds, since a machine is rarely quiet.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+NAMES = {
+    "memory": "the memory's speed and peak memory beside titans-pytorch, autograd and a Transformer++ block",
+    "parity": "gradients and parameters under ZeRO and several ranks against one process",
+    "recall": "associative recall with the memory on and off, as curves in one picture",
+    "stability": "every block for 300 steps with a row of equal tokens",
+}
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] not in NAMES:
+        lines = "\n".join(f"  {name:10} {text}" for name, text in NAMES.items())
+        print(f"usage: python -m titans_train benchmark NAME [options]\n\n{lines}")
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    return int(importlib.import_module(f"titans_train.benchmark.{argv[0]}").main(argv[1:]))

@@ -1,0 +1,157 @@
+"""manifest.json: what a prepared folder holds, with the size and hash of every file in it.
+
+Written by `data_prep`, trusted by `titans_train.data`: a file that disagrees with it is never read. Plain data;
+imports neither torch nor streaming.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+VERSION = 1
+FILE_NAME = "manifest.json"
+SPLITS = ("train", "validation")
+_BLOCK_BYTES = 1 << 20
+
+
+class ManifestError(ValueError):
+    """The manifest cannot be read or contradicts itself."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file: name inside its folder, size in bytes, xxh64 of its content (16 hex digits)."""
+
+    name: str
+    bytes: int
+    xxh64: str
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One MDS shard. `compressed` is what lies in the folder where it is not None, else `raw` does."""
+
+    documents: int
+    tokens: int
+    raw: FileEntry
+    compressed: FileEntry | None
+
+    @property
+    def stored(self) -> FileEntry:
+        return self.compressed or self.raw
+
+
+@dataclass(frozen=True)
+class SplitEntry:
+    """One split. `tokens` counts one end-of-document token per document; `text_bytes` is UTF-8, without it."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    shards: tuple[ShardEntry, ...]
+    index: FileEntry  # streaming's own index.json
+    lengths: FileEntry  # tokens of each document, int64 .npy, in shard order
+
+
+@dataclass(frozen=True)
+class TokenizerEntry:
+    kind: str  # "bytes" or "huggingface"
+    sha256: str
+    vocabulary: int  # token ids are below this
+    end_of_document: int
+    file: FileEntry | None  # the copied tokenizer.json; None for bytes
+
+
+@dataclass(frozen=True)
+class Manifest:
+    version: int
+    tokenizer: TokenizerEntry
+    dtype: str  # "uint16" or "uint32", little-endian
+    settings: dict[str, Any]  # what preparing was asked for; the same settings are not prepared twice
+    splits: dict[str, SplitEntry]
+
+    def files(self) -> Iterator[tuple[str, FileEntry]]:
+        """Every stored file as (path below the folder, entry), the manifest itself excepted."""
+        if self.tokenizer.file is not None:
+            yield self.tokenizer.file.name, self.tokenizer.file
+        for split, entry in self.splits.items():
+            for file in (entry.index, entry.lengths, *(shard.stored for shard in entry.shards)):
+                yield f"{split}/{file.name}", file
+
+    def to_text(self) -> str:
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> Manifest:
+        """Raise ManifestError naming `where` when the text is not a manifest of this version or its sums disagree."""
+        try:
+            data = json.loads(text)
+            if data["version"] != VERSION:
+                raise ManifestError(
+                    f"{where}: manifest version {data['version']}, this code reads {VERSION}; prepare the data again"
+                )
+            manifest = cls(
+                version=VERSION,
+                tokenizer=TokenizerEntry(**{**data["tokenizer"], "file": _file(data["tokenizer"]["file"])}),
+                dtype=data["dtype"],
+                settings=data["settings"],
+                splits={name: _split(data["splits"][name]) for name in SPLITS},
+            )
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ManifestError(
+                f"{where} is not a complete manifest ({type(error).__name__}: {error}); prepare the data again"
+            ) from error
+        manifest._check_sums(where)
+        return manifest
+
+    def _check_sums(self, where: str) -> None:
+        if self.dtype not in ("uint16", "uint32"):
+            raise ManifestError(f"{where}: dtype {self.dtype!r} is neither uint16 nor uint32; prepare the data again")
+        for name, split in self.splits.items():
+            for unit in ("documents", "tokens"):
+                total, stated = sum(getattr(shard, unit) for shard in split.shards), getattr(split, unit)
+                if total != stated:
+                    raise ManifestError(
+                        f"{where}: the shards of {name} hold {total} {unit}, the manifest says {stated}; "
+                        "prepare the data again"
+                    )
+
+
+def _file(data: dict[str, Any] | None) -> FileEntry | None:
+    return FileEntry(**data) if data is not None else None
+
+
+def _split(data: dict[str, Any]) -> SplitEntry:
+    shards = tuple(
+        ShardEntry(
+            documents=shard["documents"],
+            tokens=shard["tokens"],
+            raw=FileEntry(**shard["raw"]),
+            compressed=_file(shard["compressed"]),
+        )
+        for shard in data["shards"]
+    )
+    files = {"index": FileEntry(**data["index"]), "lengths": FileEntry(**data["lengths"])}
+    return SplitEntry(**{**data, "shards": shards, **files})
+
+
+def hash_stream(stream: BinaryIO) -> tuple[int, str]:
+    """(bytes, xxh64 hex) of what is left in a binary stream, read block by block."""
+    digest, size = xxhash.xxh64(), 0
+    while block := stream.read(_BLOCK_BYTES):
+        digest.update(block)
+        size += len(block)
+    return size, digest.hexdigest()
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Size and hash of a file as it lies on the disk; OSError where it cannot be read."""
+    with path.open("rb") as stream:
+        size, digest = hash_stream(stream)
+    return FileEntry(path.name, size, digest)

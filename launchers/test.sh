@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Installs with the extra "test", then runs ruff, mypy and pytest; all three run, and each failure counts.
+# Usage: test.sh [--all] [pytest arguments]    --all: the long tests too
+set -euo pipefail
+# shellcheck source=launchers/lib.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+
+cd -- "$ROOT"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+prepare_environment test
+
+status=0
+say "ruff"
+"$PYTHON_IN_VENV" -m ruff check . || status=1
+say "mypy"
+"$PYTHON_IN_VENV" -m mypy || status=1
+say "pytest$([[ $status == 0 ]] || printf ' (ruff or mypy failed above, so this run fails)')"
+"$PYTHON_IN_VENV" -m pytest "$@" || status=$?
+exit "$status"

@@ -1,0 +1,17 @@
+from pathlib import Path
+
+import pytest
+
+from tests.data.corpus import prepare_folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of compressed shards; tests that damage it copy it first."""
+    return prepare_folder(tmp_path_factory.mktemp("compressed"))
+
+
+@pytest.fixture(scope="session")
+def prepared_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same documents in shards that are not compressed."""
+    return prepare_folder(tmp_path_factory.mktemp("raw"), compression="none")

@@ -1,0 +1,60 @@
+"""A small prepared folder and run configs over it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from data_prep.sources import find_files
+from data_prep.tokenizer import ByteTokenizer
+from data_prep.write import Settings, prepare
+from titans_train.config.schema import Data, Model, Recall, Run, RunConfig, Training
+
+END = 256
+
+
+def write_texts(folder: Path, documents: int = 60, seed: int = 0) -> None:
+    """Texts of 1 to 900 bytes, some of exactly one and two alignment blocks (63 and 128 bytes)."""
+    folder.mkdir(parents=True)
+    rng = random.Random(seed)
+    for number in range(documents):
+        size = (63, 128, 1)[number] if number < 3 else rng.randrange(1, 900)
+        (folder / f"{number:03}.txt").write_text("".join(rng.choices("abcdefgh \n", k=size)))
+
+
+def prepare_folder(parent: Path, compression: str = "zstd", shard_size: int = 8192) -> Path:
+    """A prepared folder of several shards."""
+    write_texts(parent / "texts")
+    settings = Settings(validation_share=0.2, shard_size=shard_size, compression=compression)
+    prepare(find_files([str(parent / "texts")], "text"), ByteTokenizer(), settings, parent / "prepared")
+    return parent / "prepared"
+
+
+def run_config(
+    path: Path | None,
+    runs: Path,
+    *,
+    packing: str = "concatenate",
+    shuffle: bool = True,
+    workers: int = 0,
+    length: int = 128,
+    micro: int = 2,
+    steps: int = 24,
+    vocabulary: int = 257,
+    seed: int = 0,
+    recall: Recall | None = None,
+) -> RunConfig:
+    data = Data(
+        source="shards" if recall is None else "recall",
+        path=str(path) if path is not None else None,
+        packing="isolate" if packing == "isolate" else "concatenate",
+        shuffle=shuffle,
+        workers=workers,
+        recall=recall,
+    )
+    return RunConfig(
+        run=Run(name="test", folder=str(runs), seed=seed),
+        model=Model(block="transformer", layers=1, width=16, heads=2, vocabulary=vocabulary),
+        data=data,
+        training=Training(steps=steps, sequence_length=length, global_batch_size=8, micro_batch_size=micro),
+    )

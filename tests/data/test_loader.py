@@ -1,0 +1,111 @@
+"""The same tokens in the same order on every layout, proven on the tensors a rank receives."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.data.corpus import run_config
+from tests.data.test_shards import flip
+from titans_train.config.schema import RunConfig
+from titans_train.data import Batch, DataError, loader, open_dataset
+from titans_train.plan import make_plan
+
+LAYOUTS = [(ranks, workers) for ranks in (1, 2, 4) for workers in (0, 2)]
+
+
+def digest(batches: list[Batch]) -> str:
+    """Hash of all rows a global batch is made of, in order; micro-batch borders do not count."""
+    rows = hashlib.sha256()
+    for batch in batches:
+        for row in range(len(batch.tokens)):
+            rows.update(batch.tokens[row].numpy().tobytes() + batch.labels[row].numpy().tobytes())
+            if batch.document_starts is not None:
+                rows.update(batch.document_starts[row].numpy().tobytes())
+    return rows.hexdigest()
+
+
+def global_batches(config: RunConfig, ranks: int, start: int = 0, alignment: int = 1) -> list[str]:
+    """The hash of each global batch, put together from what each rank's loader gives."""
+    plan = make_plan(config, world_size=ranks)
+    readers = [loader(open_dataset(config, "train", alignment), plan, rank, start) for rank in range(ranks)]
+    return [digest([batch for micro in step for batch in micro]) for step in zip(*readers, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def reference(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    runs = tmp_path_factory.mktemp("runs")
+    configs = {p: run_config(prepared, runs, packing=p) for p in ("concatenate", "isolate")}
+    return {packing: global_batches(config, 1, alignment=64) for packing, config in configs.items()}
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "isolate"])
+@pytest.mark.parametrize(("ranks", "workers"), LAYOUTS)
+def test_global_batches_do_not_depend_on_ranks_and_workers(
+    prepared: Path, tmp_path: Path, reference: dict[str, list[str]], packing: str, ranks: int, workers: int
+) -> None:
+    config = run_config(prepared, tmp_path, packing=packing, workers=workers)
+    dataset = open_dataset(config, "train", 64)
+    assert dataset.sequences_total < 24 * 8 < 2 * dataset.sequences_total  # an epoch ends on the way
+    found = global_batches(config, ranks, alignment=64)
+    assert found == reference[packing]
+    assert len(set(found)) == len(found) == 24
+
+
+@pytest.mark.parametrize("micro", [1, 4, 8])
+def test_global_batches_do_not_depend_on_the_micro_batch(
+    prepared: Path, tmp_path: Path, reference: dict[str, list[str]], micro: int
+) -> None:
+    assert global_batches(run_config(prepared, tmp_path, micro=micro), 1) == reference["concatenate"]
+
+
+@pytest.mark.parametrize("start", [1, 11, 20, 21, 24])
+def test_a_resume_goes_on_with_the_batches_of_the_uninterrupted_run(
+    prepared: Path, tmp_path: Path, reference: dict[str, list[str]], start: int
+) -> None:
+    assert global_batches(run_config(prepared, tmp_path), 2, start) == reference["concatenate"][start:]
+
+
+def test_a_resume_on_another_layout_goes_on_with_the_same_batches(
+    prepared: Path, tmp_path: Path, reference: dict[str, list[str]]
+) -> None:
+    config = run_config(prepared, tmp_path, packing="isolate", micro=1, workers=2)
+    assert global_batches(config, 4, 17, alignment=64) == reference["isolate"][17:]
+
+
+def test_a_rank_gets_a_contiguous_slice_in_micro_batches(prepared: Path, tmp_path: Path) -> None:
+    config = run_config(prepared, tmp_path)
+    step = next(loader(open_dataset(config), make_plan(config, world_size=2), data_rank=1, start_step=3))
+    assert [batch.sample_ids for batch in step] == [[28, 29], [30, 31]]
+    for batch in step:
+        assert batch.tokens.shape == batch.labels.shape == (2, 128)
+        assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+        assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_shard_ends_the_run_with_an_error_that_names_it(prepared: Path, tmp_path: Path, workers: int) -> None:
+    folder = Path(shutil.copytree(prepared, tmp_path / "damaged"))
+    flip(folder / "train" / "shard.00002.mds.zstd", 0.5)
+    config = run_config(folder, tmp_path, workers=workers)
+    with pytest.raises(DataError, match=r"^shard .*train/shard\.00002\.mds\.zstd is damaged: xxh64 \w+, expected \w+;"):
+        list(loader(open_dataset(config), make_plan(config, world_size=1)))
+
+
+def test_workers_that_open_the_same_shards_at_once_do_not_disturb_each_other(
+    prepared: Path, tmp_path: Path, reference: dict[str, list[str]]
+) -> None:
+    config = run_config(prepared, tmp_path, workers=2)
+    for attempt in range(5):
+        shutil.rmtree(tmp_path / "test" / "cache", ignore_errors=True)
+        assert global_batches(config, 1) == reference["concatenate"], attempt
+    assert not list(tmp_path.glob("test/cache/*/train/*.zstd"))
+
+
+def test_a_batch_that_does_not_divide_is_refused(prepared: Path, tmp_path: Path) -> None:
+    config = run_config(prepared, tmp_path)
+    plan = make_plan(config, world_size=2)
+    with pytest.raises(ValueError, match="data rank 2 is not among the 2"):
+        loader(open_dataset(config), plan, data_rank=2)

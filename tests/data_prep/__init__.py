@@ -1,0 +1,1 @@
+"""Promises of data_prep: what is written, what is refused, what a second run does."""

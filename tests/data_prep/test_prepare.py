@@ -1,0 +1,267 @@
+import json
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import xxhash
+from filelock import FileLock
+from tokenizers import models, pre_tokenizers
+
+from data_prep.__main__ import main, parse_size
+from data_prep.errors import PrepareError
+from data_prep.manifest import FILE_NAME, Manifest
+from data_prep.tokenizer import load_prepared_tokenizer
+from data_prep.write import check_free_space, estimate_bytes, split_of
+from tests.data_prep.test_tokenizer import bpe_file
+from titans_train.data.shim import import_streaming
+
+OPTIONS = ("--validation-share", "0.25", "--shard-size", "4kb")
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Forty documents of up to 600 bytes."""
+    rng = random.Random(0)
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        (tmp_path / "texts" / f"{number:02}.txt").write_text("".join(rng.choices("abc ä\n", k=rng.randrange(1, 600))))
+    return tmp_path / "texts"
+
+
+def prepare(texts: Path, output: Path, *more: str) -> int:
+    return main(["--input", str(texts), "--output", str(output), *OPTIONS, *more])
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def manifest_of(folder: Path) -> Manifest:
+    return Manifest.from_text((folder / FILE_NAME).read_text(), str(folder))
+
+
+def documents_of(folder: Path, split: str, dtype: str = "<u2") -> dict[str, list[int]]:
+    """What streaming itself reads from a split (it wants compressed shards decompressed beside its index)."""
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(folder / split, copy, dirs_exist_ok=True)
+        for path in Path(copy).glob("*.zstd"):
+            decompress = import_streaming("streaming.base.compression").decompress
+            path.with_suffix("").write_bytes(decompress("zstd:7", path.read_bytes()))
+        dataset = import_streaming("streaming").LocalDataset(local=copy)
+        return {sample["name"]: np.frombuffer(sample["tokens"], dtype).tolist() for sample in dataset}
+
+
+def test_every_document_lands_whole_in_the_split_its_text_decides(texts: Path, tmp_path: Path) -> None:
+    assert prepare(texts, tmp_path / "out", "--compression", "none") == 0
+    expected: dict[str, dict[str, list[int]]] = {"train": {}, "validation": {}}
+    for path in sorted(texts.iterdir()):
+        split = split_of(path.read_text(), share=0.25, seed=0)
+        expected[split][f"texts/{path.name}"] = [*path.read_bytes(), 256]
+    assert {split: documents_of(tmp_path / "out", split) for split in expected} == expected
+    assert len(expected["validation"]) > 3
+
+
+def test_the_manifest_states_every_file_with_its_size_and_hash(texts: Path, tmp_path: Path) -> None:
+    assert prepare(texts, tmp_path / "out") == 0
+    manifest = manifest_of(tmp_path / "out")
+    files = content(tmp_path / "out")
+    stated = {name: (entry.bytes, entry.xxh64) for name, entry in manifest.files()}
+    del files[FILE_NAME]
+    assert stated == {name: (len(data), xxhash.xxh64(data).hexdigest()) for name, data in files.items()}
+    for name, split in manifest.splits.items():
+        tokens = list(documents_of(tmp_path / "out", name).values())
+        assert np.load(tmp_path / "out" / name / "lengths.npy").tolist() == [len(document) for document in tokens]
+        assert split.documents == len(tokens) and split.tokens == sum(len(document) for document in tokens)
+        assert split.text_bytes == split.tokens - split.documents
+        assert [shard.documents for shard in split.shards] == [
+            shard["samples"] for shard in json.loads(files[f"{name}/index.json"])["shards"]
+        ]
+    assert len(manifest.splits["train"].shards) > 2
+
+
+def test_the_same_input_gives_the_same_bytes(texts: Path, tmp_path: Path) -> None:
+    assert prepare(texts, tmp_path / "one") == prepare(texts, tmp_path / "two") == 0
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_more_documents_move_no_document_to_another_split(texts: Path, tmp_path: Path) -> None:
+    assert prepare(texts, tmp_path / "before") == 0
+    for number in range(30):
+        (texts / f"0{number}-more.txt").write_text(f"more {number}" * 20)
+    assert prepare(texts, tmp_path / "after") == 0
+    for split in ("train", "validation"):
+        before, after = (documents_of(tmp_path / name, split) for name in ("before", "after"))
+        assert before.items() < after.items()
+
+
+def test_a_second_run_is_done_at_once_and_changes_nothing(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(texts, tmp_path / "out") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert prepare(texts, tmp_path / "out") == 0
+    assert "already prepared" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+def test_another_content_is_never_overwritten(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare(texts, tmp_path / "out") == 0
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("precious")
+    before = content(tmp_path)
+    assert prepare(texts, tmp_path / "out", "--seed", "1") == 2
+    assert "prepared with other settings (seed 0, now 1); name another --output" in capsys.readouterr().err
+    assert prepare(texts, tmp_path / "foreign") == 2
+    assert "holds something else (no manifest.json); name another --output" in capsys.readouterr().err
+    assert content(tmp_path) == before
+
+
+def test_a_prepared_folder_that_lost_a_shard_is_not_called_prepared(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(texts, tmp_path / "out") == 0
+    (tmp_path / "out" / "train" / "shard.00000.mds.zstd").unlink()
+    assert prepare(texts, tmp_path / "out") == 2
+    assert "shard.00000.mds.zstd is missing; remove the folder" in capsys.readouterr().err
+
+
+def test_a_failure_on_the_way_leaves_nothing_behind(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (texts / "99.txt").write_bytes(b"caf\xe9")
+    assert prepare(texts, tmp_path / "out") == 2
+    assert "99.txt is not UTF-8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def test_a_write_that_fails_leaves_nothing_behind(texts: Path, tmp_path: Path) -> None:
+    """As on a full disk: here no file may grow beyond one kilobyte."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+
+    command = [sys.executable, "-B", "-m", "data_prep", "--input", str(texts), "--output", str(tmp_path / "out")]
+    done = subprocess.run([*command, *OPTIONS], preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "nothing was kept. Free space" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def test_what_a_killed_run_left_is_removed(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial" / "train").mkdir(parents=True)
+    (tmp_path / ".out.partial" / "train" / "shard.00000.mds").write_text("half")
+    assert prepare(texts, tmp_path / "out") == prepare(texts, tmp_path / "other") == 0
+    assert content(tmp_path / "out") == content(tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out", "texts"]
+
+
+def test_two_runs_at_once_do_not_mix(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with FileLock(tmp_path / ".out.lock"):
+        assert prepare(texts, tmp_path / "out") == 2
+    assert "another process is preparing" in capsys.readouterr().err
+
+
+def test_an_empty_corpus_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").touch()
+    assert prepare(tmp_path / "texts", tmp_path / "out") == 2
+    assert "the corpus is empty: 1 files, no text in them" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_documents_for_the_split_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("the only document")
+    assert prepare(tmp_path / "texts", tmp_path / "out") == 2
+    assert "too few documents for the split: of 1 documents" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_refused_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(
+        PrepareError, match=r"MB free, preparing may need 1,000,\d{3},\d{3},\d{3} MB; free space or name"
+    ):
+        check_free_space(tmp_path, 10**18)
+    check_free_space(tmp_path, 1)
+
+
+def test_the_estimate_is_enough_even_for_noise(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    (tmp_path / "noise").mkdir()
+    for number in range(8):
+        noise = "".join(chr(rng.randrange(32, 0x800)) for _ in range(20_000))
+        (tmp_path / "noise" / f"{number}.txt").write_text(noise)
+    size = sum(path.stat().st_size for path in (tmp_path / "noise").iterdir())
+    for compression in ("zstd", "none"):
+        output = tmp_path / compression
+        assert prepare(tmp_path / "noise", output, "--shard-size", "16mb", "--compression", compression) == 0
+        written = sum(len(data) for data in content(output).values())
+        estimate = estimate_bytes(size, load_prepared_tokenizer(output), compression)
+        assert written <= estimate < 2 * written
+
+
+@pytest.mark.parametrize(("option", "value", "message"), [
+    ("--validation-share", "1", "must be above 0 and below 1"),
+    ("--shard-size", "100", "must be from 4096"),
+    ("--seed", "-1", "must be from 0"),
+])  # fmt: skip
+def test_an_impossible_option_is_refused_with_its_limits(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
+) -> None:
+    assert prepare(texts, tmp_path / "out", option, value) == 2
+    error = capsys.readouterr().err
+    assert option in error and message in error
+
+
+def test_a_tokenizer_file_is_copied_and_read_back(texts: Path, tmp_path: Path) -> None:
+    path = bpe_file(tmp_path, "[STOP]")
+    assert prepare(texts, tmp_path / "out", "--tokenizer", str(path), "--end-token", "[STOP]") == 0
+    path.unlink()
+    tokenizer = load_prepared_tokenizer(tmp_path / "out")
+    manifest = manifest_of(tmp_path / "out")
+    assert manifest.dtype == "uint16" and manifest.tokenizer.vocabulary == tokenizer.vocabulary > 257
+    for split in ("train", "validation"):
+        for name, tokens in documents_of(tmp_path / "out", split).items():
+            assert tokens[-1] == manifest.tokenizer.end_of_document == 0 and 0 not in tokens[:-1]
+            assert tokenizer.decode(tokens) == (tmp_path / name).read_text()
+
+
+def test_a_tokenizer_file_that_changed_since_is_refused(texts: Path, tmp_path: Path) -> None:
+    assert prepare(texts, tmp_path / "out", "--tokenizer", str(bpe_file(tmp_path))) == 0
+    stored = tmp_path / "out" / "tokenizer.json"
+    stored.write_text(stored.read_text() + "\n")
+    with pytest.raises(PrepareError, match=r"tokenizer\.json has changed: sha256"):
+        load_prepared_tokenizer(tmp_path / "out")
+
+
+def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path: Path) -> None:
+    words = {f"w{number}": number for number in range(70_000)} | {"</s>": 70_000}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "words.json"))
+    (tmp_path / "texts").mkdir()
+    for number in range(20):
+        (tmp_path / "texts" / f"{number:02}.txt").write_text(f"w{69_000 + number} w1")
+    assert prepare(tmp_path / "texts", tmp_path / "out", "--tokenizer", str(tmp_path / "words.json")) == 0
+    assert manifest_of(tmp_path / "out").dtype == "uint32"
+    found = [tokens for s in ("train", "validation") for tokens in documents_of(tmp_path / "out", s, "<u4").values()]
+    assert sorted(found) == [[69_000 + number, 1, 70_000] for number in range(20)]
+
+
+def test_sizes_are_read_with_their_units() -> None:
+    assert [parse_size(text) for text in ("17", "4kb", "16MB", "1 gb")] == [17, 4096, 1 << 24, 1 << 30]
+
+
+def test_the_default_corpus_is_prepared_by_one_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-B", "-m", "data_prep", "--default-corpus", "--max-bytes", "1mb"]
+    done = subprocess.run([*command, "--output", str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "vocabulary 257" in done.stdout and done.stderr == ""
+    manifest = manifest_of(tmp_path / "out")
+    assert 500_000 < sum(split.text_bytes for split in manifest.splits.values()) <= 1 << 20

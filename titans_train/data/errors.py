@@ -1,0 +1,7 @@
+"""The one error of reading: it ends the run, and its text says which file, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class DataError(RuntimeError):
+    """Data is missing, damaged or does not fit the run config."""

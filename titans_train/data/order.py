@@ -1,0 +1,47 @@
+"""The order of documents as a function of (seed, epoch): nothing to save, nothing that depends on the layout.
+
+Shuffling keeps reading local: shards are shuffled, then documents within groups of a few consecutive shards.
+Only raw generator output is used, which numpy keeps stable between versions (it does not promise that for
+`Generator.permutation`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+GROUP_SHARDS = 8  # shards whose documents are mixed with each other
+
+Integers = NDArray[np.int64]
+
+
+def random_bits(count: int, *key: int) -> NDArray[np.uint64]:
+    """`count` independent 64-bit numbers that depend on the key only."""
+    raw: Any = np.random.PCG64(np.random.SeedSequence(key)).random_raw(count)
+    return np.asarray(raw, dtype=np.uint64)
+
+
+def permutation(count: int, *key: int) -> Integers:
+    """A random order of 0..count-1 that depends on the key only."""
+    return np.argsort(random_bits(count, *key), kind="stable").astype(np.int64)
+
+
+def document_order(documents_per_shard: Integers, seed: int, epoch: int, shuffle: bool) -> Integers:
+    """Document numbers (counted through the shards) in the order epoch `epoch` reads them."""
+    total = int(documents_per_shard.sum())
+    if not shuffle:
+        return np.arange(total, dtype=np.int64)
+    first = np.cumsum(documents_per_shard) - documents_per_shard
+    shards = permutation(len(documents_per_shard), seed, epoch, 0)
+    bits = random_bits(total, seed, epoch, 1)
+    order = np.empty(total, np.int64)
+    done = 0
+    for start in range(0, len(shards), GROUP_SHARDS):
+        group = shards[start : start + GROUP_SHARDS]
+        documents = np.concatenate([np.arange(first[s], first[s] + documents_per_shard[s]) for s in group])
+        keys = bits[done : done + len(documents)]
+        order[done : done + len(documents)] = documents[np.argsort(keys, kind="stable")]
+        done += len(documents)
+    return order

@@ -1,0 +1,170 @@
+"""The one adapter to DeepSpeed: ZeRO stages 0 to 3 over the data-parallel ranks.
+
+What is relied on, and held by tests/parallel/test_engine.py: engine.backward divides by the accumulation steps and
+averages over ranks; fp32 master weights and Adam moments can be read and set by parameter on stages 1 to 3
+(deepspeed.utils.safe_*); at stage 0 they are the torch optimiser's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from titans_train.parallel.launch import device
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def import_deepspeed(log_file: Path | None) -> Any:
+    """DeepSpeed without its console messages (they go to `log_file`) and without its compiled CPU communication."""
+    logging.captureWarnings(True)
+    root = logging.getLogger()
+    if log_file is not None and not root.handlers:
+        root.addHandler(logging.FileHandler(log_file))
+    import deepspeed
+
+    for name in ("DeepSpeed", "deepspeed"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]  # minutes of compiling
+    return deepspeed
+
+
+def zero_config(
+    *, stage: int, bfloat16: bool, micro_batch_size: int, accumulation: int, gradient_clip: float, width: int, numel: int
+) -> dict[str, Any]:
+    """One reduction of all gradients where the stage allows; in stage 3 vectors stay whole, matrices are partitioned."""
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": max(numel, 1)}
+    if stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 2 * width}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": gradient_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": bfloat16},
+        "steps_per_print": 10**9,
+    }
+
+
+class Engine:
+    """A model and its optimiser, sharded. One optimiser step is `accumulation` pairs of backward and step calls."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], log_file: Path | None = None
+    ) -> None:
+        deepspeed = import_deepspeed(log_file)
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        self.stage: int = config["zero_optimization"]["stage"]
+        self.accumulation: int = config["gradient_accumulation_steps"]
+        self.clip: float = config["gradient_clipping"]
+        self.model = model
+        self.names = {id(p): n for n, p in model.named_parameters()}
+        self._engine, *_ = deepspeed.initialize(
+            model=model.to(device()), optimizer=optimizer, model_parameters=model.parameters(), config=config
+        )
+        self._base = optimizer
+        self._norm: Tensor | None = None
+
+    # ---- one step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def loss_scale(self) -> int:
+        """A loss must be multiplied by this so that the engine's averages add up to a plain sum over all micro-batches."""
+        return dist.get_world_size() * self.accumulation
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self, learning_rate: float) -> None:
+        """After every backward. At the last one of a step: clips by the global norm and moves the parameters."""
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        if boundary:
+            for group in self._engine.optimizer.param_groups:
+                group["lr"] = learning_rate
+            if self.stage == 0:  # the engine reports no norm here
+                gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+                self._norm = torch.nn.utils.get_total_norm(gradients)
+        self._engine.step()
+
+    def gradient_norm(self) -> float:
+        """Of the last step, before clipping. Waits for the device."""
+        norm = self._norm if self.stage == 0 else self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    # ---- the whole values by name, whatever the stage. Collective: every rank calls and iterates to the end.
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.model.named_parameters()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Accumulated and averaged, before clipping: to be read after the last backward of a step, before its step()."""
+        from deepspeed.utils import safe_get_full_grad
+
+        for name, parameter in self._parameters():
+            gradient = parameter.grad if self.stage == 0 else safe_get_full_grad(parameter)
+            yield name, gradient
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """fp32 master weights."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self._parameters():
+            yield name, parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
+
+    def moments(self, key: str) -> Iterator[tuple[str, Tensor]]:
+        """Adam's `exp_avg` or `exp_avg_sq`; zeros before the first step."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        self._ensure_moments()
+        for name, parameter in self._parameters():
+            if self.stage == 0:
+                yield name, self._base.state[parameter][key]
+            else:
+                yield name, safe_get_full_optimizer_state(parameter, key)
+
+    def load(self, values: dict[str, dict[str, Tensor]], optimizer_step: int) -> None:
+        """Sets parameters, exp_avg and exp_avg_sq ({kind: {name: tensor}}) and Adam's step count."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self._ensure_moments()
+        with torch.no_grad():
+            for name, parameter in self._parameters():
+                value = values["parameters"][name].to(device())
+                if self.stage == 0:
+                    parameter.copy_(value)
+                else:
+                    safe_set_full_fp32_param(parameter, value)
+                for key in MOMENTS:
+                    moment = values[key][name].to(device())
+                    if self.stage == 0:
+                        self._base.state[parameter][key].copy_(moment)
+                    else:
+                        safe_set_full_optimizer_state(parameter, moment, key)
+        for state in self._base.state.values():
+            state["step"] = torch.tensor(float(optimizer_step))
+
+    def optimizer_step(self) -> int:
+        """Adam's own count of steps."""
+        return max((int(state["step"]) for state in self._base.state.values() if "step" in state), default=0)
+
+    def _ensure_moments(self) -> None:
+        """Adam makes its state at the first step; reading or setting it earlier needs it now, at zero."""
+        for group in self._base.param_groups:
+            for p in group["params"]:
+                if not self._base.state[p]:
+                    self._base.state[p].update(
+                        step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                    )

@@ -1,0 +1,73 @@
+"""Joining the other processes, and deciding things together with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titans_train.errors import UserError
+from titans_train.parallel.mesh import Mesh
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=10)
+
+
+def device() -> torch.device:
+    """This process's device: its GPU by LOCAL_RANK, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextmanager
+def process_group(tensor: int = 1, sequence: int = 1) -> Iterator[Mesh]:
+    """Joins the group that torchrun describes in the environment, or a group of one; leaves it at the end."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    try:
+        yield Mesh(dist.get_rank(), dist.get_world_size(), tensor, sequence)
+    finally:
+        dist.destroy_process_group()
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value (a small picklable object), in rank order, on every rank."""
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(check: Callable[[], T], on: Mesh, first_only: bool = False) -> T:
+    """Runs `check` (on the first rank only, if asked; its result is then everyone's) and raises on all ranks or none.
+
+    A rank that fails alone would leave the others waiting in their next collective.
+    """
+    result, failure = None, None
+    if on.is_first or not first_only:
+        try:
+            result = check()
+        except (UserError, OSError) as error:
+            failure = str(error)
+    outcomes = gather((failure, result if first_only else None))
+    failures = [f for f, _ in outcomes if f is not None]
+    if failures:
+        raise UserError(failures[0], agreed=True)
+    return outcomes[0][1] if first_only else result  # type: ignore[return-value]
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum over all ranks, in place; no host synchronisation."""
+    dist.all_reduce(values)
+    return values

@@ -1,0 +1,42 @@
+"""The mesh of processes: tensor varies fastest, then sequence, then data (Megatron-LM's order)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mesh:
+    rank: int
+    world_size: int
+    tensor: int = 1
+    sequence: int = 1
+
+    def __post_init__(self) -> None:
+        if self.world_size % (self.tensor * self.sequence):
+            raise ValueError(
+                f"{self.world_size} processes do not form a mesh of tensor {self.tensor} x sequence {self.sequence}; "
+                f"start a multiple of {self.tensor * self.sequence}"
+            )
+
+    @property
+    def data(self) -> int:
+        """Number of data-parallel ranks."""
+        return self.world_size // (self.tensor * self.sequence)
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor
+
+    @property
+    def sequence_rank(self) -> int:
+        return self.rank // self.tensor % self.sequence
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // (self.tensor * self.sequence)
+
+    @property
+    def is_first(self) -> bool:
+        """The one rank that writes files and the console."""
+        return self.rank == 0
