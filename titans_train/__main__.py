@@ -9,10 +9,12 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from titans_train.config import ConfigError, load_config
 from titans_train.config.errors import Problem, closest
+from titans_train.errors import UserError
 from titans_train.plan import Plan, make_plan, processes
 
 USAGE = """usage: python -m titans_train <verb> ...
@@ -58,6 +60,8 @@ def train(args: Sequence[str]) -> object:
     options = _parser("train").parse_intermixed_args(list(args))
     world_size = _world_size()
     run_plan = make_plan(load_config(options.config, options.overrides, world_size), world_size)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
     from titans_train.training.loop import train as run
 
     return run(run_plan)
@@ -107,8 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         result = VERBS[verb](args)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
+    except UserError as error:
+        if not error.agreed or os.environ.get("RANK", "0") == "0":  # what all ranks raise, one prints
+            print(error, file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # the launcher ends all ranks with the first that leaves: let the one that prints be it
         return 2
     return result if isinstance(result, int) else 0
 

@@ -172,6 +172,7 @@ def _resolve_memory(config: RunConfig) -> MemoryShape:
         write=m.write,
         normalize_values=m.normalize_values,
         convolution=m.convolution,
+        key_start=m.key_start,
         theta_max=float(m.theta_max) if m.theta_max is not None else limit / m.chunk_size,
         couple_theta=m.couple_theta,
         forget_bias=float(m.forget_bias),

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from titans_train.errors import UserError
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -20,13 +22,13 @@ class Problem:
         return f"{self.path}{place}: {self.message}{remedy}" if self.path or place else f"{self.message}{remedy}"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A refused config. `problems` holds every one; str() lists them."""
 
     def __init__(self, problems: Sequence[Problem], subject: str = "the config") -> None:
         self.problems = list(problems)
         self.subject = subject
-        super().__init__(problems, subject)
+        super().__init__(subject)
 
     def __str__(self) -> str:
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"

@@ -45,6 +45,9 @@ class Memory(Section):
     write: bool = Field(default=True, description="false: theta = 0, the memory never learns (an ablation)")
     normalize_values: bool = True
     convolution: int = Field(default=4, ge=1, le=64, description="taps; 1: none")
+    key_start: Literal["token", "pair"] = Field(
+        default="token", description="start of the keys' convolution: identity, or average with the token before"
+    )
     theta_max: float | None = Field(default=None, gt=0, le=100, description="null: a stable limit for the chunk size")
     couple_theta: bool = Field(default=True, description="theta = theta_max (1 - eta) sigmoid(.)")
     forget_bias: float = Field(default=-6.0, ge=-30, le=30)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from titans_train.errors import UserError
 
-class DataError(RuntimeError):
+
+class DataError(UserError):
     """Data is missing, damaged or does not fit the run config."""

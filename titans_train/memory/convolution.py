@@ -19,14 +19,18 @@ def document_positions(document_starts: Tensor | None) -> Tensor | None:
 
 
 class CausalConvolution(nn.Module):
-    """y_t = sum_j weight[j] * x_{t-j}, per channel, j < K; starts near the identity. K = 1 is no convolution."""
+    """y_t = sum_j weight[j] * x_{t-j}, per channel, j < K. K = 1 is no convolution.
 
-    def __init__(self, width: int, taps: int) -> None:
+    Starts near `start`, the first taps: (1,) is the identity.
+    """
+
+    def __init__(self, width: int, taps: int, start: tuple[float, ...] = (1.0,)) -> None:
         super().__init__()
         self.taps = taps
         if taps > 1:
             weight = torch.randn(taps, width) * 0.02
-            weight[0] += 1
+            for j, value in enumerate(start[:taps]):
+                weight[j] += value
             self.weight = nn.Parameter(weight)
 
     def forward(self, x: Tensor, tail: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:

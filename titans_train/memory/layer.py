@@ -42,7 +42,9 @@ class NeuralMemory(nn.Module):
         self.heads, self.head_dim = shape.heads, shape.head_dim
         width, std = shape.width, shape.initializer_std
         self.q, self.k, self.v = (parts.column_linear(width, width, std) for _ in range(3))  # type: ignore[attr-defined]
-        self.q_conv, self.k_conv, self.v_conv = (CausalConvolution(width, m.convolution) for _ in range(3))
+        self.q_conv, self.v_conv = CausalConvolution(width, m.convolution), CausalConvolution(width, m.convolution)
+        # A key made of two tokens can stand for the first while the value stands for the second: what recall needs.
+        self.k_conv = CausalConvolution(width, m.convolution, (0.7, 0.7) if m.key_start == "pair" else (1.0,))
         gates = [m.forget_bias] * m.forgetting + [m.momentum_bias] * m.momentum + [m.theta_bias] * m.write
         self.gates = parts.gates(width, self.heads, gates, std) if gates else None  # type: ignore[attr-defined]
         sizes = [self.head_dim, *[m.hidden] * (m.depth - 1), self.head_dim]

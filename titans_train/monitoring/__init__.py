@@ -1,0 +1,1 @@
+"""What a run tells: metrics.jsonl and TensorBoard, the console, throughput and memory, the loss picture."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ class Engine:
         )
         self._base = optimizer
         self._norm: Tensor | None = None
+        self._make_moments()
 
     # ---- one step
 
@@ -114,7 +116,8 @@ class Engine:
         from deepspeed.utils import safe_get_full_grad
 
         for name, parameter in self._parameters():
-            gradient = parameter.grad if self.stage == 0 else safe_get_full_grad(parameter)
+            gradient: Tensor | None = parameter.grad if self.stage == 0 else safe_get_full_grad(parameter)
+            assert gradient is not None, f"{name} has no gradient"
             yield name, gradient
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -128,7 +131,6 @@ class Engine:
         """Adam's `exp_avg` or `exp_avg_sq`; zeros before the first step."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        self._ensure_moments()
         for name, parameter in self._parameters():
             if self.stage == 0:
                 yield name, self._base.state[parameter][key]
@@ -139,14 +141,13 @@ class Engine:
         """Sets parameters, exp_avg and exp_avg_sq ({kind: {name: tensor}}) and Adam's step count."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        self._ensure_moments()
         with torch.no_grad():
             for name, parameter in self._parameters():
                 value = values["parameters"][name].to(device())
-                if self.stage == 0:
-                    parameter.copy_(value)
-                else:
+                if self.stage:
                     safe_set_full_fp32_param(parameter, value)
+                with self.gathered(parameter):  # the copy that the forward uses
+                    parameter.copy_(value)
                 for key in MOMENTS:
                     moment = values[key][name].to(device())
                     if self.stage == 0:
@@ -156,15 +157,34 @@ class Engine:
         for state in self._base.state.values():
             state["step"] = torch.tensor(float(optimizer_step))
 
+    def gathered(self, *parameters: nn.Parameter) -> AbstractContextManager[Any]:
+        """Within, these parameters are whole on this rank, and changes made alike on all ranks stay (stage 3)."""
+        if self.stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)  # type: ignore[no-any-return]
+
     def optimizer_step(self) -> int:
         """Adam's own count of steps."""
         return max((int(state["step"]) for state in self._base.state.values() if "step" in state), default=0)
 
-    def _ensure_moments(self) -> None:
-        """Adam makes its state at the first step; reading or setting it earlier needs it now, at zero."""
-        for group in self._base.param_groups:
-            for p in group["params"]:
-                if not self._base.state[p]:
-                    self._base.state[p].update(
-                        step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
-                    )
+    def _make_moments(self) -> None:
+        """Adam's state, at zero, which it would make at its first step.
+
+        It is needed now to be set on resume; and on stages 1 and 2 the engine links the state to the parameters in the
+        middle of the first step, when only the first parameter group has one: moments of the others could not be read.
+        """
+        zero = self._engine.optimizer
+        if self.stage == 0:
+            owned = [p for group in self._base.param_groups for p in group["params"]]
+        elif self.stage == 3:
+            owned = zero.fp32_partitioned_groups_flat
+        else:
+            owned = zero.single_partition_of_fp32_groups
+        for p in owned:
+            if not self._base.state[p]:
+                zeros = {key: torch.zeros_like(p, requires_grad=False) for key in MOMENTS}
+                self._base.state[p].update(step=torch.tensor(0.0), **zeros)
+        if self.stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()

@@ -35,6 +35,7 @@ def process_group(tensor: int = 1, sequence: int = 1) -> Iterator[Mesh]:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     try:
         yield Mesh(dist.get_rank(), dist.get_world_size(), tensor, sequence)

@@ -1,0 +1,181 @@
+"""Checkpoints: one logical file set, whatever the layout that wrote it.
+
+    <run>/checkpoints/step-00000010/   model.safetensors, exp_avg.safetensors, exp_avg_sq.safetensors (fp32, by name)
+                                       state.json: step, Adam's step, tokens, shape, config, data, sha256 of each file
+    <run>/checkpoints/latest           the newest folder's name
+
+Written beside as step-N.tmp, flushed, renamed when complete; then the pointer; then old ones are removed. Nothing is
+ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from titans_train.errors import UserError
+from titans_train.models import LanguageModel
+from titans_train.parallel import Engine, Mesh, agree
+from titans_train.parallel.engine import MOMENTS
+from titans_train.plan import Plan
+from titans_train.shape import ModelShape
+
+FILES = {"parameters": "model.safetensors", **{key: f"{key}.safetensors" for key in MOMENTS}}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run has done: optimiser steps and tokens."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+def checkpoint_folder(run_directory: Path) -> Path:
+    return run_directory / "checkpoints"
+
+
+def save(engine: Engine, plan: Plan, progress: Progress, data_fingerprint: str, mesh: Mesh) -> Path:
+    """Collective. Raises UserError on all ranks if the first rank cannot write; earlier checkpoints stay."""
+    folder = checkpoint_folder(plan.run_directory)
+    path = folder / f"step-{progress.step:08d}"
+    temporary = path.with_name(path.name + ".tmp")
+    agree(lambda: _begin(folder, temporary, plan.checkpoint_bytes), mesh, first_only=True)
+    hashes = {}
+    sources = {"parameters": engine.parameters, **{key: (lambda key=key: engine.moments(key)) for key in MOMENTS}}
+    for kind, source in sources.items():
+        tensors = _collect(source(), mesh)  # every rank takes part in gathering; the first keeps
+        hashes[FILES[kind]] = agree(lambda k=kind, t=tensors: _write(temporary / FILES[k], t), mesh, first_only=True)
+    state = {
+        "step": progress.step, "optimizer_step": engine.optimizer_step(), "tokens": progress.tokens,
+        "shape": plan.shape.to_dict(), "config": plan.config.model_dump(mode="json"),
+        "data": data_fingerprint, "files": hashes,
+    }  # fmt: skip
+    agree(lambda: _finish(temporary, path, state, plan.config.checkpoint.keep), mesh, first_only=True)
+    return path
+
+
+def _collect(values: Iterable[tuple[str, Tensor]], mesh: Mesh) -> dict[str, Tensor]:
+    tensors = {}
+    for name, value in values:
+        if mesh.is_first:
+            tensors[name] = value.detach().float().cpu().contiguous().clone()
+    return tensors
+
+
+def _begin(folder: Path, temporary: Path, size: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < 1.1 * size:
+        raise UserError(
+            f"a checkpoint needs {size / 2**20:,.0f} MiB and {folder} has {free / 2**20:,.0f} MiB free; "
+            "free some space, or lower checkpoint.keep"
+        )
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> str:
+    try:
+        save_file(tensors, str(path))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(path.parent, ignore_errors=True)
+        raise UserError(f"{path} could not be written ({error}); the earlier checkpoints are untouched") from error
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return _sha256(path)
+
+
+def _finish(temporary: Path, path: Path, state: dict[str, Any], keep: int) -> None:
+    _write_text(temporary / "state.json", json.dumps(state, indent=1))
+    if path.exists():
+        shutil.rmtree(path)
+    temporary.rename(path)
+    _write_text(path.parent / "latest.tmp", path.name)
+    (path.parent / "latest.tmp").rename(path.parent / "latest")
+    for old in sorted(path.parent.glob("step-????????"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint whose files are all there with the right hashes. UserError names what is not."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        for name in FILES.values():
+            if _sha256(path / name) != state["files"][name]:
+                raise UserError(f"{path / name} is damaged: its sha256 is not the one in state.json")
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not a complete checkpoint: {error}") from error
+    return dict(state)
+
+
+def find_latest(run_directory: Path) -> Path | None:
+    """The newest complete and undamaged checkpoint. Others are left where they are, and passed over with a line."""
+    for path in sorted(checkpoint_folder(run_directory).glob("step-????????"), reverse=True):
+        try:
+            read_state(path)
+            return path
+        except UserError as error:
+            print(f"passed over: {error}")
+    return None
+
+
+def load_model(path: Path) -> tuple[LanguageModel, dict[str, Any]]:
+    """The model of a checkpoint, on the CPU in fp32 and in eval mode, and its state.json."""
+    state = read_state(path)
+    model = LanguageModel(ModelShape.from_dict(state["shape"]))
+    model.load_state_dict(load_file(str(path / FILES["parameters"])))
+    return model.eval(), state
+
+
+def resume(engine: Engine, plan: Plan, data_fingerprint: str, mesh: Mesh) -> Progress:
+    """Restores the newest checkpoint of the run on any layout; Progress() if there is none. Collective."""
+    path = agree(lambda: find_latest(plan.run_directory), mesh, first_only=True)
+    if path is None:
+        return Progress()
+    state = json.loads((path / "state.json").read_text())
+    agree(lambda: _check(path, state, plan, data_fingerprint), mesh)
+    values = {kind: load_file(str(path / name)) for kind, name in FILES.items()}
+    engine.load(values, int(state["optimizer_step"]))
+    return Progress(int(state["step"]), int(state["tokens"]))
+
+
+def _check(path: Path, state: dict[str, Any], plan: Plan, data_fingerprint: str) -> None:
+    if ModelShape.from_dict(state["shape"]) != plan.shape:
+        theirs, ours = state["shape"], plan.shape.to_dict()
+        differing = [f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]
+        raise UserError(f"{path} is of another model ({'; '.join(differing)}); choose another run.name")
+    if state["data"] != data_fingerprint:
+        raise UserError(f"{path} was trained on other data than data.path holds now; choose another run.name")
+
+
+def set_seed(seed: int) -> None:
+    """The one seed, the same on every rank: initial weights do not depend on the layout."""
+    torch.manual_seed(seed)

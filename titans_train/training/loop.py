@@ -1,0 +1,209 @@
+"""Training, from a plan to a finished run folder. Read `train`, then step.py."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from titans_train.data import RecallDataset, TokenDataset, loader, open_dataset
+from titans_train.errors import UserError
+from titans_train.models import LanguageModel, recording
+from titans_train.monitoring.console import Console
+from titans_train.monitoring.metrics import Metrics
+from titans_train.monitoring.plot import plot_loss
+from titans_train.monitoring.throughput import measured_peak_flops, peak_memory_bytes
+from titans_train.parallel import Engine, Mesh, agree, process_group
+from titans_train.parallel.engine import zero_config
+from titans_train.plan import Plan
+from titans_train.training import checkpoint, run_folder
+from titans_train.training.checkpoint import Progress
+from titans_train.training.optimizer import learning_rate, make_optimizer
+from titans_train.training.step import StepResult, train_step
+from titans_train.training.validation import validate
+
+Dataset = TokenDataset | RecallDataset
+
+
+def build_engine(plan: Plan) -> Engine:
+    """Model and optimiser from the plan: the same initial weights on every layout."""
+    config = plan.config
+    checkpoint.set_seed(config.run.seed)
+    model = LanguageModel(plan.shape)
+    model.activation_checkpointing = config.training.activation_checkpointing
+    settings = zero_config(
+        stage=config.parallel.zero_stage,
+        bfloat16=config.run.dtype == "bfloat16",
+        micro_batch_size=config.training.micro_batch_size,
+        accumulation=plan.accumulation,
+        gradient_clip=config.optimizer.gradient_clip,
+        width=plan.shape.width,
+        numel=plan.parameter_count,
+    )
+    return Engine(model, make_optimizer(model, config), settings, plan.run_directory / "libraries.log")
+
+
+def train(plan: Plan, stop_after: int | None = None) -> dict[str, Any]:
+    """Trains to training.steps, or for `stop_after` more steps; resumes by itself. Returns the summary's figures."""
+    parallel = plan.config.parallel
+    with process_group(parallel.tensor, parallel.sequence) as mesh:
+        agree(lambda: run_folder.check(plan), mesh, first_only=True)
+        alignment = plan.shape.document_alignment
+        data = agree(lambda: open_dataset(plan.config, "train", alignment), mesh)
+        held_out = agree(lambda: open_dataset(plan.config, "validation", alignment), mesh)
+        agree(lambda: run_folder.write(plan), mesh, first_only=True)
+        engine = build_engine(plan)
+        progress = checkpoint.resume(engine, plan, data.fingerprint, mesh)
+        run = Run(plan, mesh, engine, data, held_out, progress)
+        try:
+            return run.go(stop_after)
+        finally:
+            if run.metrics is not None:
+                run.metrics.close()
+
+
+@dataclass
+class Window:
+    """Time and tokens since the last logged step."""
+
+    started: float
+    tokens: int = 0
+
+
+class Run:
+    """The loop over steps and what happens beside it: logs, validation, samples, checkpoints."""
+
+    def __init__(
+        self, plan: Plan, mesh: Mesh, engine: Engine, data: Dataset, held_out: Dataset, progress: Progress
+    ) -> None:
+        self.plan, self.mesh, self.engine, self.data, self.held_out = plan, mesh, engine, data, held_out
+        self.progress = progress
+        self.config = plan.config
+        watch = self.config.monitoring
+        self.metrics = Metrics(plan.run_directory, progress.step, watch.tensorboard) if mesh.is_first else None
+        self.console = Console(mesh.is_first, progress.step, self.config.training.steps)
+        self.peak_flops = watch.peak_flops or measured_peak_flops()
+        self.window = Window(time.perf_counter())
+        self.first_step, self.saved_step = progress.step, progress.step
+        self.trained_seconds, self.trained_tokens = 0.0, 0
+
+    def go(self, stop_after: int | None) -> dict[str, Any]:
+        steps = self.config.training.steps
+        stop = steps if stop_after is None else min(steps, self.progress.step + stop_after)
+        self.console.say(self._greeting())
+        batches = loader(self.data, self.plan, self.mesh.data_rank, self.progress.step)
+        while self.progress.step < stop:
+            self._one_step(next(batches))
+        if self.saved_step < self.progress.step:
+            self._save()
+        if stop < steps:
+            return {}
+        return self._finish()
+
+    def _greeting(self) -> str:
+        plan, steps = self.plan, self.config.training.steps
+        start = f"resumes after step {self.progress.step}" if self.progress.step else "starts"
+        return (
+            f"{self.config.run.name} {start}: {plan.shape.block}, {plan.parameter_count:,} parameters, {steps} steps of "
+            f"{plan.tokens_per_step:,} tokens, {plan.world_size} processes, ZeRO {self.engine.stage}, "
+            f"{self.config.run.dtype}; in {plan.run_directory}"
+        )
+
+    def _one_step(self, batches: list[Any]) -> None:
+        step = self.progress.step + 1
+        watch = self.config.monitoring
+        logs = step % watch.log_every == 0 or step in (1, self.config.training.steps)
+        rate = learning_rate(step - 1, self.config)
+        with recording(self.engine.model) if logs else nullcontext({}) as records:
+            result = train_step(self.engine, batches, rate)
+        self.progress = Progress(step, self.progress.tokens + self.plan.tokens_per_step)
+        self.window.tokens += self.plan.tokens_per_step
+        if logs:
+            self._log(result, rate, records)
+        if watch.validate_every and step % watch.validate_every == 0 and step < self.config.training.steps:
+            self._validate()
+        if watch.sample_every and step % watch.sample_every == 0:
+            self._sample()
+        if step % self.config.checkpoint.every == 0:
+            self._save()
+
+    def _log(self, result: StepResult, rate: float, records: dict[int, dict[str, torch.Tensor]]) -> None:
+        """The only place of a step that waits for the device."""
+        loss, norm = result.loss(), self.engine.gradient_norm()
+        seconds = time.perf_counter() - self.window.started
+        speed = self.window.tokens / seconds
+        self.trained_seconds, self.trained_tokens = self.trained_seconds + seconds, self.trained_tokens + self.window.tokens
+        figures: dict[str, Any] = {
+            "loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": self.progress.tokens,
+            "tokens_per_second": speed,
+            "mfu": speed * self.plan.flops_per_token / (self.peak_flops * self.plan.world_size),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }  # fmt: skip
+        figures |= {f"layer_{n}": {k: float(v) for k, v in values.items()} for n, values in records.items()}
+        if self.metrics is not None:
+            self.metrics.write(self.progress.step, figures)
+        self.console.progress(self.progress.step, loss, norm, rate, speed)
+        if loss != loss:
+            raise UserError(
+                f"the loss is NaN at step {self.progress.step}; lower optimizer.learning_rate or memory.theta_max. "
+                f"The last checkpoint, of step {self.saved_step}, is untouched", agreed=True,
+            )  # fmt: skip
+        self.window = Window(time.perf_counter())
+
+    def _validate(self) -> dict[str, float]:
+        training, watch = self.config.training, self.config.monitoring
+        figures = validate(self.engine, self.held_out, watch.validation_sequences, training.micro_batch_size, self.mesh)
+        if self.metrics is not None:
+            self.metrics.write(self.progress.step, {"tokens": self.progress.tokens, **figures})
+        per_byte = figures.get("validation_bits_per_byte")
+        rest = "" if per_byte is None else f", {per_byte:.4f} bits per byte"
+        self.console.say(f"step {self.progress.step}: validation loss {figures['validation_loss']:.4f}{rest}")
+        self.window = Window(time.perf_counter())
+        return figures
+
+    def _sample(self) -> None:
+        """Text from the current model, written by the first rank on whole parameters."""
+        if self.config.data.source != "shards":
+            return
+        from data_prep.tokenizer import load_prepared_tokenizer
+        from titans_train.inference import sample_text
+
+        watch, path = self.config.monitoring, self.config.data.path
+        assert path is not None
+        self.engine.model.eval()
+        with self.engine.gathered(*self.engine.model.parameters()):
+            if self.mesh.is_first:
+                tokenizer = load_prepared_tokenizer(path)
+                text = sample_text(self.engine.model, tokenizer, watch.sample_prompt, watch.sample_tokens)
+                self.console.say(f"step {self.progress.step}, sample:\n{text}")
+                if self.metrics is not None:
+                    self.metrics.text(self.progress.step, "sample", text)
+        self.engine.model.train()
+        self.window = Window(time.perf_counter())
+
+    def _save(self) -> None:
+        checkpoint.save(self.engine, self.plan, self.progress, self.data.fingerprint, self.mesh)
+        self.saved_step = self.progress.step
+        self.window = Window(time.perf_counter())
+
+    def _finish(self) -> dict[str, Any]:
+        """Final validation, picture and summary."""
+        folder = self.plan.run_directory
+        lines = run_folder.read_metrics(folder / "metrics.jsonl")
+        if self.first_step == self.progress.step and (folder / "summary.json").exists():
+            self.console.say(f"{self.config.run.name} is finished; nothing to do. Results are in {folder}")
+            return {}
+        figures: dict[str, Any] = dict(self._validate())
+        last = [line for line in lines if "loss" in line][-1:]
+        figures |= {"steps": self.progress.step, "tokens": self.progress.tokens, "loss": last[0]["loss"] if last else None}
+        if self.trained_seconds:
+            figures["tokens_per_second"] = self.trained_tokens / self.trained_seconds
+        figures["peak_memory_bytes"] = peak_memory_bytes()
+        if self.mesh.is_first:
+            plot_loss(run_folder.read_metrics(folder / "metrics.jsonl"), folder / "loss.png", self.config.run.name)
+            run_folder.write_summary(self.plan, figures)
+        self.console.say(f"finished; results are in {folder}")
+        return figures

@@ -1,0 +1,77 @@
+"""The folder of a run: what it must agree with before it is touched, and what is written into it.
+
+    config.yaml plan.json plan.txt metrics.jsonl tensorboard/ checkpoints/ loss.png summary.json libraries.log
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from titans_train.config import RunConfig, dump_config
+from titans_train.errors import UserError
+from titans_train.plan import Plan
+
+# May change when a run goes on: how it is laid out, what it reports, how long it lasts.
+FREE = {
+    "parallel", "checkpoint", "monitoring", "run.folder", "run.name", "data.workers", "data.cache",
+    "training.steps", "training.micro_batch_size", "training.activation_checkpointing",
+}  # fmt: skip
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        if path in FREE:
+            continue
+        out |= _flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return out
+
+
+def differences(old: dict[str, Any], config: RunConfig) -> list[str]:
+    """Settings that may not change within a run, "key: old there, new here"."""
+    a, b = _flat(old), _flat(config.model_dump(mode="json"))
+    return [f"{key}: {a.get(key)} there, {b.get(key)} here" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+
+
+def check(plan: Plan) -> None:
+    """Refuses a folder of another run. Changes nothing."""
+    folder, config_file = plan.run_directory, plan.run_directory / "config.yaml"
+    if config_file.exists():
+        differing = differences(yaml.safe_load(config_file.read_text()), plan.config)
+        if differing:
+            raise UserError(
+                f"{folder} holds a run with other settings:\n  - " + "\n  - ".join(differing)
+                + "\nchoose another run.name, or set these back; nothing was changed"
+            )  # fmt: skip
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and not a run (no config.yaml); choose another run.name or run.folder")
+
+
+def write(plan: Plan) -> None:
+    """Config and plan into the run's folder, which is made if need be."""
+    folder = plan.run_directory
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(plan.config))
+    (folder / "plan.json").write_text(json.dumps(plan.to_dict(), indent=1))
+    (folder / "plan.txt").write_text(plan.describe() + "\n")
+
+
+def write_summary(plan: Plan, figures: dict[str, Any]) -> None:
+    versions = {name: version(name) for name in ("torch", "deepspeed", "mosaicml-streaming")}
+    summary = {
+        "run": plan.config.run.name, "block": plan.shape.block, "parameters": plan.parameter_count,
+        "processes": plan.world_size, "machine": platform.machine(), "versions": versions, **figures,
+    }  # fmt: skip
+    path = plan.run_directory / "summary.json"
+    path.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []

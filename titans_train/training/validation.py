@@ -1,0 +1,46 @@
+"""Validation loss over a fixed set of sequences, shared out over the ranks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from titans_train.data import Batch, RecallDataset, TokenDataset
+from titans_train.data.sample import IGNORE
+from titans_train.parallel import Engine, Mesh, sum_over_ranks
+from titans_train.parallel.launch import device
+from titans_train.training.step import forward
+
+
+def validate(engine: Engine, dataset: TokenDataset | RecallDataset, sequences: int, micro_batch: int, mesh: Mesh) -> dict[str, float]:
+    """Over the first `sequences` of the dataset: loss (nats per token), perplexity, and bits per byte of text.
+
+    Every rank runs the same number of forwards, since a sharded model needs all ranks in each; a rank with fewer
+    sequences repeats one and does not count it.
+    """
+    count = min(sequences, dataset.sequences_total)
+    share = -(-count // mesh.data)
+    totals = torch.zeros(2, dtype=torch.float64, device=device())
+    engine.model.eval()
+    with torch.no_grad():
+        for first in range(0, share, micro_batch):
+            numbers = [mesh.data_rank * share + i for i in range(first, min(first + micro_batch, share))]
+            batch = _batch(dataset, numbers, count)
+            totals[0] += forward(engine, batch).double()
+            totals[1] += int((batch.labels != IGNORE).sum())
+    engine.model.train()
+    loss_sum, tokens = sum_over_ranks(totals).tolist()
+    loss = loss_sum / max(tokens, 1)
+    figures = {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700)), "validation_tokens": tokens}
+    if dataset.bytes_per_token:
+        figures["validation_bits_per_byte"] = loss / math.log(2) / dataset.bytes_per_token
+    return figures
+
+
+def _batch(dataset: TokenDataset | RecallDataset, numbers: list[int], count: int) -> Batch:
+    samples = [dataset.sequence(min(n, count - 1)) for n in numbers]
+    labels = torch.stack([s.labels for s in samples])
+    labels[torch.tensor([n >= count for n in numbers])] = IGNORE
+    starts = [s.document_starts for s in samples if s.document_starts is not None]
+    return Batch(torch.stack([s.tokens for s in samples]), labels, torch.stack(starts) if starts else None, numbers)
