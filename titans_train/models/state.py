@@ -29,8 +29,9 @@ from titans_train.shape import ModelShape
 class ModelState:
     blocks: tuple[BlockState | MACState, ...]
 
-    def save(self, path: str | Path, shape: ModelShape) -> None:
-        tensors: dict[str, Tensor] = {}
+    def save(self, path: str | Path, shape: ModelShape, **beside: Tensor) -> None:
+        """`beside`: further tensors for the same file, read back with `load_tensor`."""
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in beside.items()}
         tree = _take_apart(self, "", tensors)
         save_file(tensors, str(path), metadata={"tree": json.dumps(tree), "shape": json.dumps(shape.to_dict())})
 
@@ -50,6 +51,15 @@ class ModelState:
 
     def detach(self) -> ModelState:
         return _map(self, torch.Tensor.detach)
+
+
+def load_tensor(path: str | Path, name: str) -> Tensor:
+    """A tensor that was saved beside a state."""
+    with safe_open(str(path), framework="pt") as file:
+        if name not in file.keys():  # noqa: SIM118
+            raise ValueError(f"{path} has no tensor {name!r}")
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
 
 
 TYPES: dict[str, Any] = {

@@ -26,8 +26,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def import_deepspeed(log_file: Path | None) -> Any:
     """DeepSpeed without its console messages (they go to `log_file`) and without its compiled CPU communication."""
     logging.captureWarnings(True)
-    root = logging.getLogger()
-    if log_file is not None and not root.handlers:
+    if log_file is not None and log_file.parent.is_dir():
+        root = logging.getLogger()
+        for old in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:  # of an earlier run
+            root.removeHandler(old)
+            old.close()
         root.addHandler(logging.FileHandler(log_file))
     import deepspeed
 

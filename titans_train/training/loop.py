@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,19 +51,24 @@ def train(plan: Plan, stop_after: int | None = None) -> dict[str, Any]:
     """Trains to training.steps, or for `stop_after` more steps; resumes by itself. Returns the summary's figures."""
     parallel = plan.config.parallel
     with process_group(parallel.tensor, parallel.sequence) as mesh:
-        agree(lambda: run_folder.check(plan), mesh, first_only=True)
-        alignment = plan.shape.document_alignment
-        data = agree(lambda: open_dataset(plan.config, "train", alignment), mesh)
-        held_out = agree(lambda: open_dataset(plan.config, "validation", alignment), mesh)
-        agree(lambda: run_folder.write(plan), mesh, first_only=True)
-        engine = build_engine(plan)
-        progress = checkpoint.resume(engine, plan, data.fingerprint, mesh)
-        run = Run(plan, mesh, engine, data, held_out, progress)
-        try:
-            return run.go(stop_after)
-        finally:
-            if run.metrics is not None:
-                run.metrics.close()
+        return train_on(mesh, plan, stop_after)
+
+
+def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str, Any]:
+    """`train` within a group that is there already. UserError, on all ranks alike, before anything is written."""
+    agree(lambda: run_folder.check(plan), mesh, first_only=True)
+    alignment = plan.shape.document_alignment
+    data = agree(lambda: open_dataset(plan.config, "train", alignment), mesh)
+    held_out = agree(lambda: open_dataset(plan.config, "validation", alignment), mesh)
+    agree(lambda: run_folder.write(plan), mesh, first_only=True)
+    engine = build_engine(plan)
+    progress = checkpoint.resume(engine, plan, data.fingerprint, mesh)
+    run = Run(plan, mesh, engine, data, held_out, progress)
+    try:
+        return run.go(stop_after)
+    finally:
+        if run.metrics is not None:
+            run.metrics.close()
 
 
 @dataclass
@@ -176,7 +182,7 @@ class Run:
         self.engine.model.eval()
         with self.engine.gathered(*self.engine.model.parameters()):
             if self.mesh.is_first:
-                tokenizer = load_prepared_tokenizer(path)
+                tokenizer = load_prepared_tokenizer(Path(path))
                 text = sample_text(self.engine.model, tokenizer, watch.sample_prompt, watch.sample_tokens)
                 self.console.say(f"step {self.progress.step}, sample:\n{text}")
                 if self.metrics is not None:

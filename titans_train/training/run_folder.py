@@ -11,8 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from titans_train.config import RunConfig, dump_config
 from titans_train.errors import UserError
 from titans_train.plan import Plan
@@ -42,16 +40,16 @@ def differences(old: dict[str, Any], config: RunConfig) -> list[str]:
 
 def check(plan: Plan) -> None:
     """Refuses a folder of another run. Changes nothing."""
-    folder, config_file = plan.run_directory, plan.run_directory / "config.yaml"
-    if config_file.exists():
-        differing = differences(yaml.safe_load(config_file.read_text()), plan.config)
+    folder, record = plan.run_directory, plan.run_directory / "plan.json"
+    if record.exists():
+        differing = differences(json.loads(record.read_text())["config"], plan.config)
         if differing:
             raise UserError(
                 f"{folder} holds a run with other settings:\n  - " + "\n  - ".join(differing)
                 + "\nchoose another run.name, or set these back; nothing was changed"
             )  # fmt: skip
     elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and not a run (no config.yaml); choose another run.name or run.folder")
+        raise UserError(f"{folder} is not empty and not a run (no plan.json); choose another run.name or run.folder")
 
 
 def write(plan: Plan) -> None:

@@ -7,6 +7,7 @@ summed loss; a wave is one micro-batch for now.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,15 +41,23 @@ def valid_tokens(batches: list[Batch]) -> Tensor:
     return sum_over_ranks(torch.tensor(float(count), dtype=torch.float64, device=device()))
 
 
-def train_step(engine: Engine, batches: list[Batch], learning_rate: float) -> StepResult:
-    """Forward, backward and update for this rank's micro-batches of one step."""
+def train_step(
+    engine: Engine, batches: list[Batch], learning_rate: float, before_update: Callable[[], None] | None = None
+) -> StepResult:
+    """Forward, backward and update for this rank's micro-batches of one step.
+
+    before_update: called when the whole gradient is there, before clipping (parity checks read it).
+    """
     valid = valid_tokens(batches)
     scale = (engine.loss_scale() / valid.clamp_min(1)).float()
     total = torch.zeros((), dtype=torch.float64, device=device())
-    for wave in ([batch] for batch in batches):
+    waves = [[batch] for batch in batches]
+    for wave in waves:
         losses = [forward(engine, batch) for batch in wave]
         loss_sum = torch.stack(losses).sum()
         engine.backward(loss_sum * scale)
+        if wave is waves[-1] and before_update is not None:
+            before_update()
         engine.step(learning_rate)
         total += loss_sum.detach()
     return StepResult(torch.stack([sum_over_ranks(total), valid]))

@@ -1,0 +1,66 @@
+"""Checkpoint folders as training leaves them, of small untrained models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from data_prep.manifest import TokenizerEntry
+from data_prep.tokenizer import ByteTokenizer
+from titans_train.config import RunConfig, dump_config
+from titans_train.models import LanguageModel
+from titans_train.plan import resolve_shape
+
+BYTES = asdict(TokenizerEntry("bytes", ByteTokenizer.sha256, 257, 256, None))
+
+
+def config(folder: Path, block: str = "mag", **sections: dict[str, Any]) -> RunConfig:
+    """A run config of a tiny model over bytes; `sections` change keys."""
+    values: dict[str, dict[str, Any]] = {
+        "run": {"name": "tiny", "folder": str(folder)},
+        "model": {"block": block, "layers": 2, "width": 16, "heads": 2, "vocabulary": 264, "initializer_std": 0.3},
+        "memory": {"chunk_size": 4, "expansion": 2},
+        "attention": {"persistent_tokens": 2},
+        "data": {"path": "data/none"},
+        "training": {"steps": 10, "sequence_length": 64, "global_batch_size": 2, "micro_batch_size": 2},
+    }
+    if block == "transformer":
+        del values["memory"], values["attention"]
+    elif block == "mac":
+        values["attention"]["segment"] = 8
+    elif block != "lmm":
+        values["attention"]["window"] = 6
+    for name, changes in sections.items():
+        values[name] = values.get(name, {}) | changes
+    return RunConfig.model_validate(values)
+
+
+def write_checkpoint(
+    run_config: RunConfig, step: int = 10, seed: int = 0, tokenizer: dict[str, Any] | None = BYTES
+) -> Path:
+    """<run>/checkpoints/step-N with random parameters; returns its path."""
+    torch.manual_seed(seed)
+    shape = resolve_shape(run_config)
+    parameters = {name: value.contiguous() for name, value in LanguageModel(shape).state_dict().items()}
+    run = Path(run_config.run.folder) / run_config.run.name
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    hashes = {}
+    for name in ("model", "exp_avg", "exp_avg_sq"):
+        file = folder / f"{name}.safetensors"
+        save_file(parameters if name == "model" else {n: p * 0 for n, p in parameters.items()}, str(file))
+        hashes[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    state = {
+        "step": step, "optimizer_step": step, "tokens": step * 128, "shape": shape.to_dict(), "files": hashes,
+        "tokenizer": tokenizer, "config": run_config.model_dump(mode="json"), "data": "",
+    }  # fmt: skip
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder.parent / "latest").write_text(folder.name)
+    (run / "config.yaml").write_text(dump_config(run_config))
+    return folder

@@ -1,0 +1,55 @@
+"""Run under torchrun by test_training.py: several trainings in one process group, so that start-up is paid once.
+
+Usage: worker.py FOLDER PREPARED. Trains, under each ZeRO stage, a whole run, and one that stops and resumes.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from titans_train.config import RunConfig
+from titans_train.parallel import process_group
+from titans_train.plan import Plan, make_plan
+from titans_train.training.loop import train_on
+
+STEPS = 5
+
+
+def plan_of(folder: Path, prepared: Path, name: str, stage: int, ranks: int, **changes: Any) -> Plan:
+    config: dict[str, Any] = {
+        "run": {"name": name, "folder": str(folder)},
+        "model": {"block": "mag", "layers": 2, "width": 32, "heads": 2, "vocabulary": 264},
+        "memory": {"chunk_size": 8, "expansion": 2},
+        "attention": {"window": 16},
+        "parallel": {"zero_stage": stage},
+        "data": {"path": str(prepared), "workers": 0},
+        "training": {"steps": STEPS, "sequence_length": 64, "global_batch_size": 4, "micro_batch_size": 1},
+        "optimizer": {"warmup_steps": 2},
+        "checkpoint": {"every": 2},
+        "monitoring": {"log_every": 1, "validation_sequences": 5, "validate_every": 2, "peak_flops": 1e11},
+    }
+    for section, values in changes.items():
+        config[section] |= values
+    return make_plan(RunConfig.model_validate(config), ranks)
+
+
+def main(folder: Path, prepared: Path) -> None:
+    with process_group() as mesh:
+        for stage in range(4):
+            ranks = mesh.world_size
+            train_on(mesh, plan_of(folder, prepared, f"whole-{stage}", stage, ranks))
+            parts = plan_of(folder, prepared, f"parts-{stage}", stage, ranks)
+            train_on(mesh, parts, stop_after=3)  # step 3 is no multiple of checkpoint.every: stopping saves
+            train_on(mesh, parts)
+        # half of a run on ZeRO 1, the rest on ZeRO 3 with another micro-batch
+        train_on(mesh, plan_of(folder, prepared, "moved", 1, mesh.world_size), stop_after=3)
+        train_on(mesh, plan_of(folder, prepared, "moved", 3, mesh.world_size, training={"micro_batch_size": 2}))
+        bf16 = plan_of(folder, prepared, "bf16", 2, mesh.world_size, run={"dtype": "bfloat16"})
+        train_on(mesh, bf16, stop_after=3)
+        train_on(mesh, bf16)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
