@@ -57,7 +57,10 @@ class HuggingFaceTokenizer:
     kind = "huggingface"
 
     def __init__(self, path: Path, end_token: str | int | None = None) -> None:
-        """`end_token` ends a document: its text or id; None looks for a usual name. Raise PrepareError when the file is no tokenizer or has no end-of-document token."""
+        """`end_token` ends a document: its text or id; None looks for a usual name.
+
+        PrepareError when the file is no tokenizer or has no end-of-document token.
+        """
         self.path: Path | None = path
         try:
             content = path.read_bytes()

@@ -1,6 +1,13 @@
 import numpy as np
 
-from titans_train.data.order import GROUP_SHARDS, document_order, permutation, random_bits
+from titans_train.data.order import (
+    GROUP_SHARDS,
+    SEQUENCE_WINDOW,
+    document_order,
+    permutation,
+    random_bits,
+    sequence_place,
+)
 
 SHARDS = np.array([3, 5, 1, 4] * 6)
 
@@ -38,3 +45,12 @@ def test_the_random_numbers_are_the_ones_of_every_version() -> None:
 
 FIXED_BITS = [12368030237656201616, 2047858591075935483, 9435677134316251571]
 FIXED_PERMUTATION = [1, 3, 7, 5, 2, 0, 4, 6]
+
+
+def test_sequences_are_shuffled_once_each_within_windows() -> None:
+    total = 2 * SEQUENCE_WINDOW + 100
+    places = [sequence_place(i, total, 3, 1, True) for i in range(total)]
+    assert sorted(places) == list(range(total)) and places != list(range(total))
+    assert max(places[:SEQUENCE_WINDOW]) < SEQUENCE_WINDOW
+    assert [sequence_place(i, total, 3, 2, True) for i in range(50)] != places[:50]
+    assert [sequence_place(i, total, 3, 1, False) for i in range(9)] == list(range(9))

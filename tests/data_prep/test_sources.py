@@ -49,11 +49,15 @@ def parquet(path: Path) -> None:
 
 
 BAD_FILES = {
-    "a text that is not UTF-8": ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8: byte 0xe9 at offset 3; convert it \(iconv"),
+    "a text that is not UTF-8": (
+        "a.txt", b"caf\xe9", r"a\.txt is not UTF-8: byte 0xe9 at offset 3; convert it \(iconv",
+    ),  # fmt: skip
     "a line that is not UTF-8": ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', r"a\.jsonl:2 is not UTF-8"),
     "a broken line": ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a\.jsonl:2 is not JSON .*mend or remove the line"),
     "a line that is no object": ("a.jsonl", b"[1]", r"a\.jsonl:1 holds a list, expected an object"),
-    "a missing field": ("a.jsonl", b'{"body": "a"}', r"a\.jsonl:1: field 'text' is missing; fields: \['body'\].*--text-field"),
+    "a missing field": (
+        "a.jsonl", b'{"body": "a"}', r"a\.jsonl:1: field 'text' is missing; fields: \['body'\].*--text-field",
+    ),  # fmt: skip
     "a field of another type": ("a.jsonl", b'{"text": 3}', r"a\.jsonl:1: field 'text' is a int"),
     "half a surrogate pair": ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1: field 'text' holds half a surrogate"),
     "no Parquet": ("a.parquet", b"something else", r"a\.parquet is not a Parquet file"),

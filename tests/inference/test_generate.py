@@ -10,7 +10,7 @@ import torch
 from data_prep.tokenizer import ByteTokenizer
 from tests.models.shapes import tiny
 from titans_train.inference import Sampler, generate, sample_text
-from titans_train.inference.generate import PREFILL, Reading, read
+from titans_train.inference.sampling import PREFILL, Reading, read
 from titans_train.models import LanguageModel
 from titans_train.models.state import ModelState, load_tensor
 from titans_train.shape import BLOCKS
@@ -64,7 +64,7 @@ def test_the_state_does_not_grow_with_the_text(block: str) -> None:
 def test_a_long_prompt_is_read_in_pieces_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompt = build("mag"), list(range(100))
     whole = read(model, prompt).logits
-    monkeypatch.setattr("titans_train.inference.generate.PREFILL", 7)
+    monkeypatch.setattr("titans_train.inference.sampling.PREFILL", 7)
     assert PREFILL == 4096 and (read(model, prompt).logits - whole).abs().max() < 1e-10
 
 

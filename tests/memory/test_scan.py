@@ -72,7 +72,9 @@ class Case:
         starts[0, self.chunk], starts[1, 3 * self.chunk], starts[1, 0] = True, True, True
         return starts
 
-    def run(self, function: object, cuts: tuple[int, ...] = (), **options: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def run(
+        self, function: object, cuts: tuple[int, ...] = (), **options: int
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Outputs (y, final state) and gradients of a fixed random projection of them."""
         assert callable(function)
         x, state, ys = self.leaves, self.state(), []
@@ -81,7 +83,9 @@ class Case:
             documents = {}
             if self.documents:
                 documents = {"document_starts": self.starts()[:, a:b], "document_state": self.state("dw", "ds")}
-            gates = [x[name][:, :, a:b] if on else None for name, on in (("alpha", self.forgetting), ("eta", self.momentum))]
+            gates = [
+                x[name][:, :, a:b] if on else None for name, on in (("alpha", self.forgetting), ("eta", self.momentum))
+            ]
             y, state = function(
                 *(x[n][:, :, a:b] for n in "qkv"), *gates, x["theta"][:, :, a:b], state,
                 chunk_size=self.chunk, activation=self.activation,
@@ -97,7 +101,9 @@ class Case:
         return outputs, {n: t for n, t in zip(x, gradients, strict=True) if t is not None}
 
 
-def assert_same(case: Case, got: tuple[list[Tensor], dict[str, Tensor]], want: tuple[list[Tensor], dict[str, Tensor]]) -> None:
+def assert_same(
+    case: Case, got: tuple[list[Tensor], dict[str, Tensor]], want: tuple[list[Tensor], dict[str, Tensor]]
+) -> None:
     assert len(got[0]) == len(want[0]) and got[1].keys() >= want[1].keys()
     pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(got[0], want[0], strict=True))]
     pairs += [(f"gradient of {n}", got[1][n], want[1][n]) for n in want[1]]
@@ -171,5 +177,9 @@ def test_a_state_survives_a_file(tmp_path: object) -> None:
     state.save(f"{tmp_path}/state.safetensors")
     loaded = MemoryState.load(f"{tmp_path}/state.safetensors")
     assert loaded.offset == state.offset == 3
-    pairs = zip((*loaded.weights, *loaded.momentum, *loaded.anchor), (*state.weights, *state.momentum, *state.anchor), strict=True)  # type: ignore[misc]
+    pairs = zip(
+        (*loaded.weights, *loaded.momentum, *loaded.anchor),
+        (*state.weights, *state.momentum, *state.anchor),
+        strict=True,
+    )  # type: ignore[misc]
     assert all(torch.equal(a, b) for a, b in pairs)

@@ -9,7 +9,8 @@ from titans_train.shape import AttentionShape, MemoryShape, ModelShape
 
 MEMORY = MemoryShape(
     chunk_size=4, depth=2, hidden=12, activation="silu", residual_norm=True, momentum=True, forgetting=True,
-    write=True, normalize_values=True, convolution=4, key_start="token", theta_max=1.0, couple_theta=True, forget_bias=-3.0,
+    write=True, normalize_values=True, convolution=4, key_start="token",
+    theta_max=1.0, couple_theta=True, forget_bias=-3.0,
     momentum_bias=0.0, theta_bias=0.0, store_every=2,
 )  # fmt: skip
 ATTENTION = AttentionShape(window=6, segment=8, persistent_tokens=3, rope_base=10000.0)
@@ -19,7 +20,9 @@ SHAPE = ModelShape(
 )  # fmt: skip
 
 
-def tiny(block: str, *, memory: dict[str, Any] | None = None, attention: dict[str, Any] | None = None, **model: Any) -> ModelShape:
+def tiny(
+    block: str, *, memory: dict[str, Any] | None = None, attention: dict[str, Any] | None = None, **model: Any
+) -> ModelShape:
     """A small model of the given block; keyword arguments replace fields."""
     if block == "transformer":
         attention = {"window": None} | (attention or {})

@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from titans_train.models.attention import Persistent, full_attention, window_attention
 
 
-def reference(q: Tensor, plain: Tensor, k: Tensor, v: Tensor, ids: Tensor, fixed: Persistent | None, window: int) -> Tensor:
+def reference(
+    q: Tensor, plain: Tensor, k: Tensor, v: Tensor, ids: Tensor, fixed: Persistent | None, window: int
+) -> Tensor:
     length, total = q.shape[2], k.shape[2]
     at = torch.arange(total)
     distance = at[total - length :, None] - at
@@ -31,7 +33,11 @@ def test_attention_equals_the_dense_reference_with_gradients(window: int | None,
     length, cached = 21, min(cached, (window or 99) - 1)
     q, plain = (torch.randn(2, 2, length, 6).double().requires_grad_() for _ in range(2))
     k, v = (torch.randn(2, 2, cached + length, 6).double().requires_grad_() for _ in range(2))
-    fixed = Persistent(*(torch.randn(1, 2, persistent, 6).double().requires_grad_() for _ in range(2))) if persistent else None
+    fixed = (
+        Persistent(*(torch.randn(1, 2, persistent, 6).double().requires_grad_() for _ in range(2)))
+        if persistent
+        else None
+    )
     ids = torch.zeros(2, cached + length, dtype=torch.long)
     ids[0, cached + 9 :] = 1
     ids[1, :cached] = -1

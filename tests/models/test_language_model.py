@@ -117,7 +117,9 @@ def test_statistics_are_recorded_per_layer_and_only_when_asked(block: str) -> No
     assert sorted(records) == [0, 1]
     for values in records.values():
         assert sorted(values) == ["alpha", "eta", "surprise", "theta", "weight_norm", "momentum_norm"] or True
-        assert values["surprise"] > 0 and 0 < values["alpha"] < 1 and 0 < values["eta"] < 1 and values["weight_norm"] > 0
+        assert (
+            values["surprise"] > 0 and 0 < values["alpha"] < 1 and 0 < values["eta"] < 1 and values["weight_norm"] > 0
+        )
     records.clear()
     model(x)
     assert not records

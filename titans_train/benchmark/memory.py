@@ -57,7 +57,8 @@ CASES = {
 def model_shape(block: str, chunk: int, norm: bool) -> ModelShape:
     memory = MemoryShape(
         chunk_size=chunk, depth=2, hidden=HIDDEN, activation="silu", residual_norm=norm, momentum=True,
-        forgetting=True, write=True, normalize_values=True, convolution=4, key_start="token", theta_max=4 / chunk, couple_theta=True,
+        forgetting=True, write=True, normalize_values=True, convolution=4, key_start="token",
+        theta_max=4 / chunk, couple_theta=True,
         forget_bias=-6.0, momentum_bias=0.0, theta_bias=0.0, store_every=max(1, min(16, 1024 // chunk)),
     )  # fmt: skip
     return ModelShape(
@@ -95,15 +96,16 @@ def build(what: str, chunk: int, length: int, norm: bool) -> Callable[[int], Non
             state = MemoryState.start(weights)
             if what == "operator":
                 store_every = max(1, min(16, 1024 // chunk))
-                y, _ = memory_scan(*inputs, state, chunk_size=chunk, store_every=store_every, **options)  # type: ignore[arg-type]
+                y, _ = memory_scan(*inputs, state, chunk_size=chunk, store_every=store_every, **options)  # type: ignore[arg-type, misc]
             else:
-                y = dual_autograd(*inputs, state, chunk_size=chunk, **options)  # type: ignore[arg-type]
+                y = dual_autograd(*inputs, state, chunk_size=chunk, **options)  # type: ignore[arg-type, misc]
             y.square().sum().backward()
 
         return operator
     module: Any
     if what.startswith("peer"):
-        # Its exact mode takes the gradients of a chunk at one anchor, token by token; its chunked mode shares the gates.
+        # Its exact mode takes the gradients of a chunk at one anchor, token by token;
+        # its chunked mode shares the gates.
         exact = what == "peer exact"
         module = peer(DIM, HEADS, chunk if exact else None, 1 if exact else chunk, norm)
     elif what == "layer":
@@ -136,7 +138,7 @@ class LayerAlone(torch.nn.Module):
 
 
 def operator_flops(chunk: int) -> float:
-    """Per token, forward and backward, recomputation left out: (66 d h + 12 b (d + h)) per head (facts of the design)."""
+    """Per token, forward and backward, recomputation left out: 66 d h + 12 b (d + h) for each head."""
     return HEADS * (66.0 * HEAD_DIM * HIDDEN + 12.0 * chunk * (HEAD_DIM + HIDDEN))
 
 

@@ -144,7 +144,10 @@ def main(argv: list[str]) -> int:
             rows += run(args.blocks, args.stages, ranks, Path(folder) / f"{ranks}.json")
     print("| block | ZeRO | ranks | gradient | norm | parameters after 3 steps |\n|---|---|---|---|---|---|")
     for r in rows:
-        print(f"| {r['block']} | {r['zero']} | {r['ranks']} | {r['gradient']:.1e} | {r['norm']:.1e} | {r['parameter']:.1e} |")
+        print(
+            f"| {r['block']} | {r['zero']} | {r['ranks']} "
+            f"| {r['gradient']:.1e} | {r['norm']:.1e} | {r['parameter']:.1e} |"
+        )
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0 if all(r["gradient"] <= GRADIENT_LIMIT for r in rows) else 1

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data_prep.manifest import SPLITS
 from titans_train.data.errors import DataError
-from titans_train.data.order import document_order
+from titans_train.data.order import document_order, sequence_place
 from titans_train.data.packing import EpochPacking, Layout, Piece
 from titans_train.data.recall import RecallDataset
 from titans_train.data.sample import IGNORE, Sample
@@ -66,7 +66,8 @@ class TokenDataset:
     def sequence(self, number: int) -> Sample:
         """Sequence `number`, counted through all epochs. DataError names the shard it cannot trust."""
         epoch, index = divmod(number, self.sequences_total)
-        pieces = self._packing(epoch).pieces(index)
+        place = sequence_place(index, self.sequences_total, self._seed, epoch, self._shuffle)
+        pieces = self._packing(epoch).pieces(place)
         return self._isolated(pieces) if self._layout.isolate else self._concatenated(pieces)
 
     def _concatenated(self, pieces: list[Piece]) -> Sample:

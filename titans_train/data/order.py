@@ -7,12 +7,14 @@ Only raw generator output is used, which numpy keeps stable between versions (it
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 GROUP_SHARDS = 8  # shards whose documents are mixed with each other
+SEQUENCE_WINDOW = 4096  # sequences that are mixed with each other
 
 Integers = NDArray[np.int64]
 
@@ -26,6 +28,24 @@ def random_bits(count: int, *key: int) -> NDArray[np.uint64]:
 def permutation(count: int, *key: int) -> Integers:
     """A random order of 0..count-1 that depends on the key only."""
     return np.argsort(random_bits(count, *key), kind="stable").astype(np.int64)
+
+
+def sequence_place(index: int, total: int, seed: int, epoch: int, shuffle: bool) -> int:
+    """Which of an epoch's `total` packed sequences is read as its `index`-th.
+
+    Consecutive sequences are cut from the same long document; a batch of them would be a batch of one document. So
+    they are shuffled within windows of SEQUENCE_WINDOW, which keeps reading local.
+    """
+    if not shuffle:
+        return index
+    window, place = divmod(index, SEQUENCE_WINDOW)
+    first = window * SEQUENCE_WINDOW
+    return first + int(_window_order(window, min(SEQUENCE_WINDOW, total - first), seed, epoch)[place])
+
+
+@lru_cache(maxsize=4)
+def _window_order(window: int, count: int, seed: int, epoch: int) -> Integers:
+    return permutation(count, seed, epoch, 2, window)
 
 
 def document_order(documents_per_shard: Integers, seed: int, epoch: int, shuffle: bool) -> Integers:

@@ -12,7 +12,9 @@ from titans_train.data.sample import IGNORE
 
 
 @torch.inference_mode()
-def evaluate(model: Any, dataset: TokenDataset | RecallDataset, sequences: int | None = None, batch: int = 8) -> dict[str, float]:
+def evaluate(
+    model: Any, dataset: TokenDataset | RecallDataset, sequences: int | None = None, batch: int = 8
+) -> dict[str, float]:
     """Over the first `sequences` (None: all): loss in nats per token, perplexity, bits per byte of text, accuracy.
 
     accuracy: share of labelled positions whose likeliest token is the label.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from titans_train.errors import UserError
-from titans_train.inference.generate import Reading, Sampler, generate, read
+from titans_train.inference.sampling import Reading, Sampler, generate, read
 from titans_train.inference.source import find, tokenizer_of
 
 

@@ -69,7 +69,8 @@ def inner_gradients(k: Tensor, v: Tensor, anchor: list[Tensor], act: Activation,
         write_norm = Normalised.of(out)
         error = torch.addcmul(norm.bias + k, write_norm.value, norm.gain).sub_(v)
         delta = write_norm.pull(norm.gain * error)
-    deltas, back = [delta], []
+    deltas: list[Tensor] = [delta]
+    back: list[Tensor] = []
     for n in range(len(anchor) - 1, 0, -1):
         back.insert(0, torch.bmm(deltas[0], anchor[n].mT))
         deltas.insert(0, act.times_slope(back[0], pre[n - 1]))
@@ -84,7 +85,13 @@ def scaled_product(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
 
 
 def chunk_read(
-    q: Tensor, weights: list[Tensor], momentum: list[Tensor], c: ChunkCoefficients, s: Saved, act: Activation, norm: Norm | None
+    q: Tensor,
+    weights: list[Tensor],
+    momentum: list[Tensor],
+    c: ChunkCoefficients,
+    s: Saved,
+    act: Activation,
+    norm: Norm | None,
 ) -> Tensor:
     """The causal read of every token, layer by layer: y [n, T, d]. Adds to `s` what the backward needs."""
     y = q
@@ -103,12 +110,14 @@ def chunk_read(
 
 
 def chunk_update_(c: ChunkCoefficients, weights: list[Tensor], momentum: list[Tensor], s: Saved) -> None:
-    """Moves weights and momentum over the chunk, in place: fresh memory for every chunk costs more than the products."""
+    """Moves weights and momentum over the chunk, in place: fresh memory for each costs more than the products."""
     for n, w in enumerate(weights):
         x, delta = s.inputs[n], s.deltas[n]
         narrow_x = w.shape[-2] <= w.shape[-1]
 
-        def write_(target: Tensor, scale: Tensor, x: Tensor = x, delta: Tensor = delta, narrow_x: bool = narrow_x) -> None:
+        def write_(
+            target: Tensor, scale: Tensor, x: Tensor = x, delta: Tensor = delta, narrow_x: bool = narrow_x
+        ) -> None:
             left, right = ((scale * x).mT, delta) if narrow_x else (x.mT, scale * delta)
             target.baddbmm_(left, right, alpha=-1)
 

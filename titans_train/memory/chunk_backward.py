@@ -38,7 +38,13 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _update_backward(
-    c: ChunkCoefficients, weights: list[Tensor], momentum: list[Tensor], s: Saved, adj: Adjoints, rows: Tensor, last: Tensor
+    c: ChunkCoefficients,
+    weights: list[Tensor],
+    momentum: list[Tensor],
+    s: Saved,
+    adj: Adjoints,
+    rows: Tensor,
+    last: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Reverse of `chunk_update`. Returns neg_x, neg_delta per layer; adds to the coefficient gradients."""
     neg_x, neg_delta = [], []
@@ -116,7 +122,12 @@ def _read_backward(
 
 
 def _inner_backward(
-    anchor: list[Tensor], s: Saved, act: Activation, norm: Norm | None, adj: Adjoints, neg: tuple[list[Tensor], list[Tensor]]
+    anchor: list[Tensor],
+    s: Saved,
+    act: Activation,
+    norm: Norm | None,
+    adj: Adjoints,
+    neg: tuple[list[Tensor], list[Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Reverse of `inner_gradients`. Returns negated gradients of k, -v (= gradient of v), gain and bias products."""
     neg_x, neg_delta = neg

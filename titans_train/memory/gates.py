@@ -77,7 +77,9 @@ def coefficients(keep: Tensor, eta: Tensor | None, theta: Tensor) -> Coefficient
             weight_rows[0, ..., 0] = keep_t[0]
             weight_rows[0, ..., 1:3] = row[..., 1:3]
         else:
-            torch.addcmul(row[..., now], weight_rows[t - 1, ..., now], keep_t[t, ..., None], out=weight_rows[t, ..., now])
+            torch.addcmul(
+                row[..., now], weight_rows[t - 1, ..., now], keep_t[t, ..., None], out=weight_rows[t, ..., now]
+            )
     return Coefficients(weight_rows, momentum_rows)
 
 

@@ -22,7 +22,7 @@ from titans_train.shape import ModelShape
 
 @dataclass(frozen=True)
 class MemoryLayerState:
-    """What the layer carries: the memory, the last K - 1 inputs of each convolution, tokens since the document's start."""
+    """What the layer carries: the memory, the last K - 1 inputs of each convolution."""
 
     memory: MemoryState
     tails: tuple[Tensor, Tensor, Tensor]  # of q, k, v: [B, K - 1, D]
@@ -49,12 +49,12 @@ class NeuralMemory(nn.Module):
         self.gates = parts.gates(width, self.heads, gates, std) if gates else None  # type: ignore[attr-defined]
         sizes = [self.head_dim, *[m.hidden] * (m.depth - 1), self.head_dim]
         self.initial = Learned(
-            *(
-                torch.randn(self.heads, a, b) * a**-0.5 for a, b in zip(sizes, sizes[1:], strict=False)
-            )
+            *(torch.randn(self.heads, a, b) * a**-0.5 for a, b in zip(sizes, sizes[1:], strict=False))
         )
         per_head = (self.heads, self.head_dim)
-        self.norm = Learned(torch.full(per_head, self.head_dim**-0.5), torch.zeros(per_head)) if m.residual_norm else None
+        self.norm = (
+            Learned(torch.full(per_head, self.head_dim**-0.5), torch.zeros(per_head)) if m.residual_norm else None
+        )
         self.records: dict[str, Tensor] | None = None  # filled by the forward while monitoring records
 
     def initial_memory(self, batch: int = 1) -> MemoryState:
@@ -74,7 +74,7 @@ class NeuralMemory(nn.Module):
         return tail, tail, tail
 
     def initial_state(self, x: Tensor, memory: MemoryState | None = None) -> MemoryLayerState:
-        """The state before a document; `memory` replaces the learned initial one (persistent tokens already written)."""
+        """The state before a document; `memory` replaces the learned initial one."""
         memory = self.initial_memory() if memory is None else memory
         return MemoryLayerState(memory.expand(x.shape[0]), self.empty_tails(x))
 
@@ -117,7 +117,7 @@ class NeuralMemory(nn.Module):
         document_starts: Tensor | None = None,
         document_memory: MemoryState | None = None,
     ) -> tuple[Tensor, MemoryLayerState]:
-        """document_starts: [B, L] bool; there the memory restarts from `document_memory`, the convolutions from zero."""
+        """document_starts: [B, L] bool; there the memory restarts from `document_memory`."""
         positions = document_positions(document_starts)
         q, q_tail = self.query(x, state.tails[0], positions)
         k, k_tail = self.k_conv(self.k(x), state.tails[1], positions)

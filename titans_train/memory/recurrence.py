@@ -10,6 +10,8 @@ The inner gradient comes from autograd here, on purpose: the closed forms of the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,7 @@ NORM_EPS = 1e-2
 
 def memory_mlp(x: Tensor, weights: Weights, activation: str, gain: Tensor | None, bias: Tensor | None) -> Tensor:
     """M_W(x): [batch, heads, tokens, d] -> the same shape. With a gain: x + gain * LayerNorm(MLP(x)) + bias."""
-    act = {"silu": F.silu, "gelu": F.gelu}[activation]
+    act: Callable[[Tensor], Tensor] = F.silu if activation == "silu" else F.gelu
     h = x
     for n, w in enumerate(weights):
         h = (act(h) if n else h) @ w

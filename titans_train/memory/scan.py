@@ -49,7 +49,9 @@ def _split(items: list[Tensor], sizes: list[int]) -> list[list[Tensor]]:
     return [[next(iterator) for _ in range(size)] for size in sizes]
 
 
-def _flatten(spec: Spec, tensors: tuple[Tensor | None, ...]) -> tuple[Sequence, list[Tensor], list[Tensor], list[Tensor]]:
+def _flatten(
+    spec: Spec, tensors: tuple[Tensor | None, ...]
+) -> tuple[Sequence, list[Tensor], list[Tensor], list[Tensor]]:
     """The call with flattened rows, and the carried weights, momentum and anchor."""
     q, k, v, alpha, eta, theta, gain, bias, *states = tensors
     assert q is not None and k is not None and v is not None and theta is not None
@@ -102,7 +104,12 @@ class _Backward:
     """One backward pass of the scan; its fields are the gradients that grow from the last token to the first."""
 
     def __init__(
-        self, spec: Spec, tensors: tuple[Tensor | None, ...], stored: list[Tensor], d_y: Tensor, d_final: tuple[Tensor, ...]
+        self,
+        spec: Spec,
+        tensors: tuple[Tensor | None, ...],
+        stored: list[Tensor],
+        d_y: Tensor,
+        d_final: tuple[Tensor, ...],
     ) -> None:
         self.spec, self.tensors = spec, tensors
         self.seq, _, _, self.entered_anchor = _flatten(spec, tensors)
@@ -117,7 +124,8 @@ class _Backward:
         self.d_keep, self.d_theta = torch.empty_like(self.seq.keep), torch.empty_like(self.seq.theta)
         self.d_eta = None if self.seq.eta is None else torch.empty_like(self.seq.eta)
         norm = self.seq.norm
-        self.d_gain, self.d_bias = (None, None) if norm is None else (torch.zeros_like(norm.gain), torch.zeros_like(norm.bias))
+        self.d_gain: Tensor | None = None if norm is None else torch.zeros_like(norm.gain)
+        self.d_bias: Tensor | None = None if norm is None else torch.zeros_like(norm.bias)
         self.d_document = [torch.zeros_like(x) for x in (*self.seq.document_weights, *self.seq.document_momentum)]
         self.d_entered: list[Tensor] = []
 
@@ -159,7 +167,8 @@ class _Backward:
             self.d_end_anchor = []
             self.d_q[:, run.span], self.d_k[:, run.span], self.d_v[:, run.span] = gradients.q, gradients.k, gradients.v
             d_rows[:, :, j], d_last[:, j] = gradients.weight_rows.transpose(0, 1), gradients.last_momentum_row
-            if gradients.gain is not None and gradients.bias is not None:
+            if self.d_gain is not None and self.d_bias is not None:
+                assert gradients.gain is not None and gradients.bias is not None
                 self.d_gain += gradients.gain.sum(1, keepdim=True)
                 self.d_bias += gradients.bias.sum(1, keepdim=True)
             if run.document_rows is not None:
@@ -227,7 +236,9 @@ def memory_scan(
             tensors += source.anchor or ()
     dtype = torch.promote_types(torch.promote_types(q.dtype, torch.float32), state.weights[0].dtype)
     outputs = _Scan.apply(spec, *(None if t is None else t.to(dtype) for t in tensors))
-    weights, momentum, anchor = _split(list(outputs[1:]), [spec.depth, spec.depth * (eta is not None), spec.depth * (offset > 0)])
+    weights, momentum, anchor = _split(
+        list(outputs[1:]), [spec.depth, spec.depth * (eta is not None), spec.depth * (offset > 0)]
+    )
     return outputs[0].to(q.dtype), MemoryState(tuple(weights), tuple(momentum), tuple(anchor) or None, offset)
 
 

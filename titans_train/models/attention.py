@@ -79,7 +79,9 @@ class Attention(nn.Module):
             y = window_attention(q, plain, keys, values, documents, fixed, self.window)
         keep = keys.shape[2] if self.window is None else min(self.window - 1, keys.shape[2])
         kept = slice(keys.shape[2] - keep, None)
-        new = AttentionState(keys[:, :, kept], values[:, :, kept], self._valid(documents, state, keep, x), first + length)
+        new = AttentionState(
+            keys[:, :, kept], values[:, :, kept], self._valid(documents, state, keep, x), first + length
+        )
         return y.transpose(1, 2), new
 
     def _valid(self, documents: Tensor | None, state: AttentionState, keep: int, x: Tensor) -> Tensor:
@@ -128,9 +130,7 @@ def with_persistent(q: Tensor, plain: Tensor, fixed: Persistent | None) -> Tenso
     return torch.cat([q, plain @ fixed.keys.mT], dim=-1)
 
 
-def masked_attention(
-    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, fixed: Persistent | None
-) -> Tensor:
+def masked_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, fixed: Persistent | None) -> Tensor:
     """q [B, H, L, d (+ P)] from `with_persistent`; keys, values [B, H, n, d]; mask [B or 1, L, n], true where seen."""
     d, scale = keys.shape[-1], keys.shape[-1] ** -0.5
     if fixed is not None:
@@ -144,7 +144,13 @@ def masked_attention(
 
 
 def window_attention(
-    q: Tensor, plain: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None, fixed: Persistent | None, window: int
+    q: Tensor,
+    plain: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    documents: Tensor | None,
+    fixed: Persistent | None,
+    window: int,
 ) -> Tensor:
     """Blocks of s queries against the s + w - 1 keys they can reach: O(L (s + w)) with s about w.
 

@@ -85,9 +85,7 @@ class Block(nn.Module):
         """[P, D], in the normalised space of the mixer's input."""
         return None if self.persistent is None else self.persistent()[0]
 
-    def mix(
-        self, x: Tensor, state: BlockState | None, document_starts: Tensor | None
-    ) -> tuple[Tensor, BlockState]:
+    def mix(self, x: Tensor, state: BlockState | None, document_starts: Tensor | None) -> tuple[Tensor, BlockState]:
         raise NotImplementedError
 
     def forward(
@@ -192,7 +190,9 @@ class MALBlock(Block):
 
     def mix(self, x: Tensor, state: BlockState | None, document_starts: Tensor | None) -> tuple[Tensor, BlockState]:
         persistent = self.persistent_tokens()
-        y, memory, at_persistent = self.mixer(self.norm(x), state.memory if state else None, persistent, document_starts)
+        y, memory, at_persistent = self.mixer(
+            self.norm(x), state.memory if state else None, persistent, document_starts
+        )
         x = x + y
         if persistent is not None and at_persistent is not None:
             persistent = self.attention_norm(persistent + at_persistent)

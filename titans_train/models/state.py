@@ -87,7 +87,10 @@ def _take_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if is_dataclass(value):
         parts = {f.name: getattr(value, f.name) for f in fields(value)}
         prefix = f"{name}." if name else ""
-        return {"type": type(value).__name__, "fields": {k: _take_apart(v, prefix + k, tensors) for k, v in parts.items()}}
+        return {
+            "type": type(value).__name__,
+            "fields": {k: _take_apart(v, prefix + k, tensors) for k, v in parts.items()},
+        }
     assert value is None or isinstance(value, int)
     return value
 
@@ -103,10 +106,12 @@ def _put_together(tree: Any, file: Any) -> Any:
 
 
 def _map(value: Any, function: Any) -> Any:
+    """`value` with every tensor replaced by function(tensor)."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple):
         return tuple(_map(v, function) for v in value)
     if is_dataclass(value):
-        return type(value)(**{f.name: _map(getattr(value, f.name), function) for f in fields(value)})
+        kind: Any = type(value)
+        return kind(**{f.name: _map(getattr(value, f.name), function) for f in fields(value)})
     return value

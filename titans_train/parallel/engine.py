@@ -43,9 +43,16 @@ def import_deepspeed(log_file: Path | None) -> Any:
 
 
 def zero_config(
-    *, stage: int, bfloat16: bool, micro_batch_size: int, accumulation: int, gradient_clip: float, width: int, numel: int
+    *,
+    stage: int,
+    bfloat16: bool,
+    micro_batch_size: int,
+    accumulation: int,
+    gradient_clip: float,
+    width: int,
+    numel: int,
 ) -> dict[str, Any]:
-    """One reduction of all gradients where the stage allows; in stage 3 vectors stay whole, matrices are partitioned."""
+    """One reduction of all gradients where the stage allows; in stage 3 vectors stay whole, matrices do not."""
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": max(numel, 1)}
     if stage == 3:
         zero |= {"stage3_param_persistence_threshold": 2 * width}
@@ -87,7 +94,7 @@ class Engine:
         return self._engine(*args, **kwargs)
 
     def loss_scale(self) -> int:
-        """A loss must be multiplied by this so that the engine's averages add up to a plain sum over all micro-batches."""
+        """Multiply a loss by this, and the engine's averages add up to a plain sum over all micro-batches."""
         return dist.get_world_size() * self.accumulation
 
     def backward(self, loss: Tensor) -> None:
@@ -115,7 +122,7 @@ class Engine:
         yield from self.model.named_parameters()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Accumulated and averaged, before clipping: to be read after the last backward of a step, before its step()."""
+        """Accumulated and averaged, before clipping: after the last backward of a step, before its step()."""
         from deepspeed.utils import safe_get_full_grad
 
         for name, parameter in self._parameters():

@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,10 @@ def save(engine: Engine, plan: Plan, progress: Progress, data_fingerprint: str, 
     temporary = path.with_name(path.name + ".tmp")
     agree(lambda: _begin(folder, temporary, plan.checkpoint_bytes), mesh, first_only=True)
     hashes = {}
-    sources = {"parameters": engine.parameters, **{key: (lambda key=key: engine.moments(key)) for key in MOMENTS}}
-    for kind, source in sources.items():
-        tensors = _collect(source(), mesh)  # every rank takes part in gathering; the first keeps
-        hashes[FILES[kind]] = agree(lambda k=kind, t=tensors: _write(temporary / FILES[k], t), mesh, first_only=True)
+    for kind, name in FILES.items():
+        values = engine.parameters() if kind == "parameters" else engine.moments(kind)
+        tensors = _collect(values, mesh)  # every rank takes part in gathering; the first keeps
+        hashes[name] = agree(partial(_write, temporary / name, tensors), mesh, first_only=True)
     state = {
         "step": progress.step, "optimizer_step": engine.optimizer_step(), "tokens": progress.tokens,
         "shape": plan.shape.to_dict(), "config": plan.config.model_dump(mode="json"),

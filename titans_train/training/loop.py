@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,8 @@ class Run:
         plan, steps = self.plan, self.config.training.steps
         start = f"resumes after step {self.progress.step}" if self.progress.step else "starts"
         return (
-            f"{self.config.run.name} {start}: {plan.shape.block}, {plan.parameter_count:,} parameters, {steps} steps of "
-            f"{plan.tokens_per_step:,} tokens, {plan.world_size} processes, ZeRO {self.engine.stage}, "
+            f"{self.config.run.name} {start}: {plan.shape.block}, {plan.parameter_count:,} parameters, {steps} steps "
+            f"of {plan.tokens_per_step:,} tokens, {plan.world_size} processes, ZeRO {self.engine.stage}, "
             f"{self.config.run.dtype}; in {plan.run_directory}"
         )
 
@@ -123,7 +123,10 @@ class Run:
         watch = self.config.monitoring
         logs = step % watch.log_every == 0 or step in (1, self.config.training.steps)
         rate = learning_rate(step - 1, self.config)
-        with recording(self.engine.model) if logs else nullcontext({}) as records:
+        watching: AbstractContextManager[dict[int, dict[str, torch.Tensor]]] = nullcontext({})
+        if logs:
+            watching = recording(self.engine.model)
+        with watching as records:
             result = train_step(self.engine, batches, rate)
         self.progress = Progress(step, self.progress.tokens + self.plan.tokens_per_step)
         self.window.tokens += self.plan.tokens_per_step
@@ -141,7 +144,10 @@ class Run:
         loss, norm = result.loss(), self.engine.gradient_norm()
         seconds = time.perf_counter() - self.window.started
         speed = self.window.tokens / seconds
-        self.trained_seconds, self.trained_tokens = self.trained_seconds + seconds, self.trained_tokens + self.window.tokens
+        self.trained_seconds, self.trained_tokens = (
+            self.trained_seconds + seconds,
+            self.trained_tokens + self.window.tokens,
+        )
         figures: dict[str, Any] = {
             "loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": self.progress.tokens,
             "tokens_per_second": speed,
@@ -204,7 +210,11 @@ class Run:
             return {}
         figures: dict[str, Any] = dict(self._validate())
         last = [line for line in lines if "loss" in line][-1:]
-        figures |= {"steps": self.progress.step, "tokens": self.progress.tokens, "loss": last[0]["loss"] if last else None}
+        figures |= {
+            "steps": self.progress.step,
+            "tokens": self.progress.tokens,
+            "loss": last[0]["loss"] if last else None,
+        }
         if self.trained_seconds:
             figures["tokens_per_second"] = self.trained_tokens / self.trained_seconds
         figures["peak_memory_bytes"] = peak_memory_bytes()

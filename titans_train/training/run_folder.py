@@ -1,6 +1,6 @@
 """The folder of a run: what it must agree with before it is touched, and what is written into it.
 
-    config.yaml plan.json plan.txt metrics.jsonl tensorboard/ checkpoints/ loss.png summary.json libraries.log
+config.yaml plan.json plan.txt metrics.jsonl tensorboard/ checkpoints/ loss.png summary.json libraries.log
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(old: dict[str, Any], config: RunConfig) -> list[str]:
     """Settings that may not change within a run, "key: old there, new here"."""
     a, b = _flat(old), _flat(config.model_dump(mode="json"))
-    return [f"{key}: {a.get(key)} there, {b.get(key)} here" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    return [
+        f"{key}: {a.get(key)} there, {b.get(key)} here"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
 
 
 def check(plan: Plan) -> None:

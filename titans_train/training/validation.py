@@ -13,7 +13,9 @@ from titans_train.parallel.launch import device
 from titans_train.training.step import forward
 
 
-def validate(engine: Engine, dataset: TokenDataset | RecallDataset, sequences: int, micro_batch: int, mesh: Mesh) -> dict[str, float]:
+def validate(
+    engine: Engine, dataset: TokenDataset | RecallDataset, sequences: int, micro_batch: int, mesh: Mesh
+) -> dict[str, float]:
     """Over the first `sequences` of the dataset: loss (nats per token), perplexity, and bits per byte of text.
 
     Every rank runs the same number of forwards, since a sharded model needs all ranks in each; a rank with fewer

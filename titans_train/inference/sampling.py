@@ -22,7 +22,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Sampler:
-    """temperature 0 takes the likeliest token; top_p keeps the smallest set of tokens with at least that probability."""
+    """temperature 0 takes the likeliest token; top_p keeps the smallest set of tokens with that probability."""
 
     temperature: float = 0.8
     top_p: float = 1.0
@@ -61,7 +61,9 @@ def read(model: Any, tokens: list[int], state: ModelState | None = None) -> Read
 
 
 @torch.inference_mode()
-def generate(model: Any, reading: Reading, count: int, sampler: Sampler, seed: int = 0) -> Iterator[tuple[int, Reading]]:
+def generate(
+    model: Any, reading: Reading, count: int, sampler: Sampler, seed: int = 0
+) -> Iterator[tuple[int, Reading]]:
     """Yields `count` pairs of a token id and the reading that includes it."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
@@ -70,7 +72,9 @@ def generate(model: Any, reading: Reading, count: int, sampler: Sampler, seed: i
         yield token, reading
 
 
-def sample_text(model: Any, tokenizer: Tokenizer, prompt: str, tokens: int, sampler: Sampler | None = None, seed: int = 0) -> str:
+def sample_text(
+    model: Any, tokenizer: Tokenizer, prompt: str, tokens: int, sampler: Sampler | None = None, seed: int = 0
+) -> str:
     """The prompt and `tokens` sampled tokens after it."""
     ids = [int(i) for i in tokenizer.encode([prompt])[0]]
     out = [token for token, _ in generate(model, read(model, ids), tokens, sampler or Sampler(), seed)]
