@@ -40,7 +40,7 @@ say "training $CONFIG on $processes processes"
     fail "training stopped; its own message is above torchrun's. Starting again resumes from the last checkpoint"
 
 say "evaluating the last checkpoint"
-"$PYTHON_IN_VENV" -m titans_train evaluate "$CONFIG" "$@"
+"$PYTHON_IN_VENV" -m titans_train evaluate "$CONFIG" --sequences 128 "$@"
 
 say "a sample"
 "$PYTHON_IN_VENV" -m titans_train generate "$CONFIG" --prompt "def " "$@"

@@ -24,7 +24,15 @@ def config(folder: Path, block: str = "mag", **sections: dict[str, Any]) -> RunC
     """A run config of a tiny model over bytes; `sections` change keys."""
     values: dict[str, dict[str, Any]] = {
         "run": {"name": "tiny", "folder": str(folder)},
-        "model": {"block": block, "layers": 2, "width": 16, "heads": 2, "vocabulary": 264, "initializer_std": 0.3},
+        "model": {
+            "block": block,
+            "layers": 2,
+            "width": 16,
+            "heads": 2,
+            "vocabulary": 264,
+            "initializer_std": 0.3,
+            "tied_head": False,
+        },
         "memory": {"chunk_size": 4, "expansion": 2},
         "attention": {"persistent_tokens": 2},
         "data": {"path": "data/none"},
