@@ -106,6 +106,7 @@ def test_tensorboard_reads_the_same_figures(runs: Path) -> None:
 def test_the_console_shows_the_run_and_not_the_libraries(runs: Path) -> None:
     console = (runs / "console.txt").read_text()
     assert "step 5/5" in console and "left" in console and "finished" in console
+    assert console.count("step 4, sample:\ndef ") == 4 + 4 + 2  # whole and resumed runs of four stages; moved and bf16
     for noise in ("Warning", "[INFO]", "deepspeed", "DeepSpeed"):
         assert noise not in console
 
@@ -130,7 +131,7 @@ def test_a_damaged_checkpoint_is_passed_over(runs: Path, tmp_path: Path, capsys:
     (newest / "model.safetensors").write_bytes(content)
     older = find_latest(run)
     assert older is not None and older.name == "step-00000004"
-    assert "model.safetensors is damaged" in capsys.readouterr().out
+    assert "model.safetensors is damaged" in capsys.readouterr().err
     (older / "exp_avg.safetensors").unlink()
     assert find_latest(run) is None
 

@@ -28,7 +28,14 @@ def plan_of(folder: Path, prepared: Path, name: str, stage: int, ranks: int, **c
         "training": {"steps": STEPS, "sequence_length": 64, "global_batch_size": 4, "micro_batch_size": 1},
         "optimizer": {"warmup_steps": 2},
         "checkpoint": {"every": 2},
-        "monitoring": {"log_every": 1, "validation_sequences": 5, "validate_every": 2, "peak_flops": 1e11},
+        "monitoring": {
+            "log_every": 1,
+            "validation_sequences": 5,
+            "validate_every": 2,
+            "peak_flops": 1e11,
+            "sample_every": 4,
+            "sample_tokens": 8,
+        },
     }
     for section, values in changes.items():
         config[section] |= values

@@ -14,12 +14,12 @@ from titans_train.evaluation.perplexity import evaluate
 def main(args: Sequence[str]) -> int:
     from titans_train.config import RunConfig
     from titans_train.data import open_dataset
-    from titans_train.inference.source import find
-    from titans_train.training.checkpoint import load_model
+    from titans_train.inference.source import check_tokenizer, find, load_checked
 
     parser = argparse.ArgumentParser(prog="python -m titans_train evaluate", description=__doc__)
     parser.add_argument("source", metavar="CONFIG.yaml|RUN|CHECKPOINT")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--checkpoint", help="a checkpoint of the run, as step-00000100 (default: the newest)")
     parser.add_argument("--data", help="prepared folder (default: the run's own)")
     parser.add_argument("--split", default="validation", choices=["train", "validation"])
     parser.add_argument("--sequences", type=int, help="how many (default: all of the split)")
@@ -27,15 +27,18 @@ def main(args: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(list(args))
     if options.sequences is not None and options.sequences < 1:
         raise UserError(f"--sequences is {options.sequences}; it is at least 1")
-    source = find(options.source, options.overrides)
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}; create it")
+    source = find(options.source, options.overrides, options.checkpoint)
     config = source.config
     if options.data:
         changed = config.model_dump(mode="json")
-        changed["data"] |= {"source": "shards", "path": options.data, "cache": None, "recall": None}
+        changed["data"] |= {"source": "shards", "path": options.data, "recall": None}
         config = RunConfig.model_validate(changed)
-    model, state = load_model(source.checkpoint)
+    model, state = load_checked(source)
     dataset = open_dataset(config, options.split, model.shape.document_alignment)
-    figures = evaluate(model, dataset, options.sequences)
+    check_tokenizer(source, config)
+    figures = evaluate(model, dataset, options.sequences, config.training.micro_batch_size)
     print(f"{source.checkpoint} (step {state['step']}), {figures['sequences']} sequences of the {options.split} split:")
     for name, value in figures.items():
         print(f"  {name:14} {value:,.4f}" if isinstance(value, float) else f"  {name:14} {value:,}")

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +57,7 @@ def save(engine: Engine, plan: Plan, progress: Progress, data_fingerprint: str, 
     hashes = {}
     for kind, name in FILES.items():
         values = engine.parameters() if kind == "parameters" else engine.moments(kind)
-        tensors = _collect(values, mesh)  # every rank takes part in gathering; the first keeps
+        tensors = collect(values, mesh)  # every rank takes part in gathering; the first keeps
         hashes[name] = agree(partial(_write, temporary / name, tensors), mesh, first_only=True)
     state = {
         "step": progress.step, "optimizer_step": engine.optimizer_step(), "tokens": progress.tokens,
@@ -67,7 +68,7 @@ def save(engine: Engine, plan: Plan, progress: Progress, data_fingerprint: str, 
     return path
 
 
-def _collect(values: Iterable[tuple[str, Tensor]], mesh: Mesh) -> dict[str, Tensor]:
+def collect(values: Iterable[tuple[str, Tensor]], mesh: Mesh) -> dict[str, Tensor]:
     tensors = {}
     for name, value in values:
         if mesh.is_first:
@@ -144,7 +145,7 @@ def find_latest(run_directory: Path) -> Path | None:
             read_state(path)
             return path
         except UserError as error:
-            print(f"passed over: {error}")
+            print(f"passed over: {error}", file=sys.stderr)
     return None
 
 

@@ -177,23 +177,22 @@ class Run:
         return figures
 
     def _sample(self) -> None:
-        """Text from the current model, written by the first rank on whole parameters."""
-        if self.config.data.source != "shards":
+        """Text from a copy of the current model on the first rank: no rank waits in a sharded forward of one."""
+        path = self.config.data.path
+        if self.config.data.source != "shards" or path is None:
             return
-        from data_prep.tokenizer import load_prepared_tokenizer
-        from titans_train.inference import sample_text
+        values = checkpoint.collect(self.engine.parameters(), self.mesh)
+        if self.mesh.is_first:
+            from data_prep.tokenizer import load_prepared_tokenizer
+            from titans_train.inference import sample_text
 
-        watch, path = self.config.monitoring, self.config.data.path
-        assert path is not None
-        self.engine.model.eval()
-        with self.engine.gathered(*self.engine.model.parameters()):
-            if self.mesh.is_first:
-                tokenizer = load_prepared_tokenizer(Path(path))
-                text = sample_text(self.engine.model, tokenizer, watch.sample_prompt, watch.sample_tokens)
-                self.console.say(f"step {self.progress.step}, sample:\n{text}")
-                if self.metrics is not None:
-                    self.metrics.text(self.progress.step, "sample", text)
-        self.engine.model.train()
+            copy = LanguageModel(self.plan.shape).eval()
+            copy.load_state_dict(values)
+            watch = self.config.monitoring
+            text = sample_text(copy, load_prepared_tokenizer(Path(path)), watch.sample_prompt, watch.sample_tokens)
+            self.console.say(f"step {self.progress.step}, sample:\n{text}")
+            if self.metrics is not None:
+                self.metrics.text(self.progress.step, "sample", text)
         self.window = Window(time.perf_counter())
 
     def _save(self) -> None:
