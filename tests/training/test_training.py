@@ -18,7 +18,7 @@ from tests.data.corpus import prepare_folder
 from tests.training.worker import STEPS, plan_of
 from titans_train.errors import UserError
 from titans_train.training import run_folder
-from titans_train.training.checkpoint import FILES, find_latest, load_model
+from titans_train.training.checkpoint import FILES, _write, check_disk, find_latest, load_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,6 +134,23 @@ def test_a_damaged_checkpoint_is_passed_over(runs: Path, tmp_path: Path, capsys:
     assert "model.safetensors is damaged" in capsys.readouterr().err
     (older / "exp_avg.safetensors").unlink()
     assert find_latest(run) is None
+
+
+def test_a_disk_that_is_too_small_is_named_with_both_sizes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs 1,048,576,000,000 MiB and the disk of .* MiB free"):
+        check_disk(tmp_path / "runs" / "not yet there", 2**20 * 1_048_576_000_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_earlier_checkpoints_alone(runs: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs / "whole-1", tmp_path / "run"))
+    temporary = run / "checkpoints" / "step-00000009.tmp"
+    temporary.mkdir()
+    (temporary / "model.safetensors").mkdir()  # a folder stands where the file should go
+    with pytest.raises(UserError, match="could not be written .* earlier checkpoints are untouched"):
+        _write(temporary / "model.safetensors", {"w": torch.zeros(3)})
+    newest = find_latest(run)
+    assert newest is not None and newest.name == "step-00000005" and not temporary.exists()
 
 
 def test_refusals_end_all_ranks_with_one_plain_message(runs: Path, prepared: Path, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The one adapter to DeepSpeed: ZeRO stages 0 to 3 over the data-parallel ranks.
 
-What is relied on, and held by tests/parallel/test_engine.py: engine.backward divides by the accumulation steps and
-averages over ranks; fp32 master weights and Adam moments can be read and set by parameter on stages 1 to 3
-(deepspeed.utils.safe_*); at stage 0 they are the torch optimiser's own.
+What is relied on, and held by tests/distributed/test_parity.py and tests/training/test_training.py: engine.backward
+divides by the accumulation steps and averages over ranks; fp32 master weights and Adam moments can be read and set by
+parameter on stages 1 to 3 (deepspeed.utils.safe_*); at stage 0 they are the torch optimiser's own.
 """
 
 from __future__ import annotations

@@ -76,14 +76,20 @@ def collect(values: Iterable[tuple[str, Tensor]], mesh: Mesh) -> dict[str, Tenso
     return tensors
 
 
-def _begin(folder: Path, temporary: Path, size: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+def check_disk(folder: Path, size: int) -> None:
+    """UserError if a checkpoint of `size` bytes does not fit on the disk of `folder` (which need not exist yet)."""
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
     if free < 1.1 * size:
         raise UserError(
-            f"a checkpoint needs {size / 2**20:,.0f} MiB and {folder} has {free / 2**20:,.0f} MiB free; "
-            "free some space, or lower checkpoint.keep"
+            f"a checkpoint needs {size / 2**20:,.0f} MiB and the disk of {place} has {free / 2**20:,.0f} MiB free; "
+            "free some space, lower checkpoint.keep, or choose another run.folder"
         )
+
+
+def _begin(folder: Path, temporary: Path, size: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    check_disk(folder, size)
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir()

@@ -57,6 +57,7 @@ def train(plan: Plan, stop_after: int | None = None) -> dict[str, Any]:
 def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str, Any]:
     """`train` within a group that is there already. UserError, on all ranks alike, before anything is written."""
     agree(lambda: run_folder.check(plan), mesh, first_only=True)
+    agree(lambda: checkpoint.check_disk(plan.run_directory, plan.checkpoint_bytes), mesh, first_only=True)
     alignment = plan.shape.document_alignment
     data = agree(lambda: open_dataset(plan.config, "train", alignment), mesh)
     held_out = agree(lambda: open_dataset(plan.config, "validation", alignment), mesh)
