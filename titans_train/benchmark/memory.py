@@ -30,6 +30,7 @@ from titans_train.models.blocks import BlockState, LMMBlock, TransformerBlock
 from titans_train.models.parts import SingleProcess
 from titans_train.shape import AttentionShape, MemoryShape, ModelShape
 
+AT_LEAST = 1.5  # CPU seconds a case is repeated for
 DIM, HEADS, EXPANSION = 256, 4, 4
 HEAD_DIM = DIM // HEADS
 HIDDEN = EXPANSION * HEAD_DIM
@@ -161,9 +162,12 @@ def measure(case: str) -> dict[str, float]:
     run = build(what, chunk, length, norm)
     run(min(length, 256))  # warm-up: allocator, threads, kernels
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.process_time()
-    run(length)
-    seconds = time.process_time() - started
+    seconds, repeats = 0.0, 0
+    while seconds < AT_LEAST:
+        started = time.process_time()
+        run(length)
+        seconds, repeats = seconds + time.process_time() - started, repeats + 1
+    seconds /= repeats
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rate = matmul_rate()
     figures = {"tokens_per_second": length / seconds, "peak_mib": (peak - before) / 1024, "matmul_gflops": rate / 1e9}
