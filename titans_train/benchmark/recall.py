@@ -92,8 +92,11 @@ def main(argv: list[str]) -> int:
     curves: dict[str, list[dict[str, float]]] = {}
     plan: Any = None
     for name, write in (("memory on", "true"), ("theta = 0", "false")):
-        more = [f"training.steps={args.off_steps}"] if args.off_steps and write == "false" else []
-        plan = make_plan(load_config(args.config, [*args.overrides, f"memory.write={write}", *more]))
+        settings = [*args.overrides, f"memory.write={write}"]
+        if args.off_steps and write == "false":
+            settings = [s for s in settings if not s.startswith("training.steps=")]
+            settings.append(f"training.steps={args.off_steps}")
+        plan = make_plan(load_config(args.config, settings))
         curves[name] = curve(plan, args.every, args.enough)
     chance = 1 / plan.config.data.recall.values
     if args.json:
