@@ -11,6 +11,7 @@ from typing import Any
 
 from titans_train import plan_counts as counts
 from titans_train.config import ConfigError, RunConfig, check_config
+from titans_train.config.checks import feed_forward_width, padded_vocabulary
 from titans_train.shape import AttentionShape, MemoryShape, ModelShape
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -132,7 +133,6 @@ class Plan:
 def resolve_shape(config: RunConfig) -> ModelShape:
     """The architecture with every default filled in. What a block does not use is left out (None, or 0)."""
     m, a, block = config.model, config.attention, config.model.block
-    width = 32  # feed-forward widths are multiples of this, which devices and splits like
     return ModelShape(
         block=block,
         layers=m.layers,
@@ -140,7 +140,8 @@ def resolve_shape(config: RunConfig) -> ModelShape:
         heads=m.heads,
         head_dim=m.width // m.heads,
         vocabulary=m.vocabulary,
-        feed_forward=m.feed_forward if m.feed_forward is not None else -(-8 * m.width // (3 * width)) * width,
+        padded_vocabulary=padded_vocabulary(m),
+        feed_forward=feed_forward_width(m),
         tied_head=m.tied_head,
         norm_eps=float(m.norm_eps),
         initializer_std=float(m.initializer_std),

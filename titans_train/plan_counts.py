@@ -66,7 +66,7 @@ def parameters(shape: ModelShape) -> dict[str, int]:
     """Trainable parameters of the whole model by part. A tied head is the embedding and counts once."""
     blocks = {part: shape.layers * n for part, n in block_parameters(shape).items()}
     blocks["norms"] += shape.width  # the last norm
-    table = shape.vocabulary * shape.width
+    table = shape.padded_vocabulary * shape.width
     return {"embedding": table, **blocks, "head": 0 if shape.tied_head else table}
 
 
@@ -133,7 +133,7 @@ def flops_per_token(shape: ModelShape, length: int) -> dict[str, float]:
         "memory_scan": layers * scan,
         "combine": float(layers * 6 * per_block["combine"]),
         "feed_forward": float(layers * 6 * per_block["feed_forward"]),
-        "head": float(6 * width * shape.vocabulary),
+        "head": float(6 * width * shape.padded_vocabulary),
     }
 
 
@@ -179,7 +179,7 @@ def activation_bytes(shape: ModelShape, tokens: int, item: int, checkpointing: b
     per_block = item * numbers
     if shape.has_memory:
         per_block += item * (16 + 6) * width + FLOAT32 * 5 * width
-    head = shape.vocabulary * (item + 2 * FLOAT32)
+    head = shape.padded_vocabulary * (item + 2 * FLOAT32)
     if checkpointing:
         return tokens * (shape.layers * width * item + per_block + head)
     return tokens * (shape.layers * per_block + head)

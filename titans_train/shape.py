@@ -53,7 +53,8 @@ class ModelShape:
     width: int
     heads: int
     head_dim: int  # width // heads
-    vocabulary: int
+    vocabulary: int  # token ids are below this
+    padded_vocabulary: int  # rows of the table, a multiple of model.vocabulary_multiple; the last are never used
     feed_forward: int  # hidden width of SwiGLU
     tied_head: bool
     norm_eps: float

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from titans_train.benchmark.parity import GRADIENT_LIMIT, run
+from titans_train.benchmark.parity import GRADIENT_LIMIT, Layout, run
 from titans_train.shape import BLOCKS
 
 PARAMETER_LIMIT = 2e-5  # three AdamW steps of 1e-3; fp32 rounding of a small gradient moves its step a little
@@ -15,8 +15,8 @@ PARAMETER_LIMIT = 2e-5  # three AdamW steps of 1e-3; fp32 rounding of a small gr
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    path = Path(tmp_path_factory.mktemp("parity")) / "table.json"
-    return run(list(BLOCKS), [0, 1, 2, 3], request.param, path)
+
+    return run(list(BLOCKS), [Layout(data=request.param)], [0, 1, 2, 3])
 
 
 def test_gradients_norm_and_parameters_equal_one_process(table: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ MEMORY = MemoryShape(
 )  # fmt: skip
 ATTENTION = AttentionShape(window=6, segment=8, persistent_tokens=3, rope_base=10000.0)
 SHAPE = ModelShape(
-    block="mag", layers=2, width=16, heads=2, head_dim=8, vocabulary=29, feed_forward=24, tied_head=True,
+    block="mag", layers=2, width=16, heads=2, head_dim=8, vocabulary=29, padded_vocabulary=32, feed_forward=24, tied_head=True,
     norm_eps=1e-5, initializer_std=0.2, memory=MEMORY, attention=ATTENTION,
 )  # fmt: skip
 
@@ -23,7 +23,9 @@ SHAPE = ModelShape(
 def tiny(
     block: str, *, memory: dict[str, Any] | None = None, attention: dict[str, Any] | None = None, **model: Any
 ) -> ModelShape:
-    """A small model of the given block; keyword arguments replace fields."""
+    """A small model of the given block; keyword arguments replace fields. The table is padded to a multiple of 8."""
+    if "vocabulary" in model:
+        model["padded_vocabulary"] = -(-model["vocabulary"] // 8) * 8
     if block == "transformer":
         attention = {"window": None} | (attention or {})
         return replace(SHAPE, block=block, memory=None, attention=replace(ATTENTION, **attention), **model)

@@ -26,8 +26,8 @@ from torch import Tensor
 from titans_train.benchmark.dual_autograd import dual_autograd
 from titans_train.benchmark.titans_pytorch_peer import peer
 from titans_train.memory import MemoryState, memory_scan
-from titans_train.models.blocks import BlockState, LMMBlock, TransformerBlock
-from titans_train.models.parts import SingleProcess
+from titans_train.models.blocks import Block, BlockState, LMMBlock, TransformerBlock
+from titans_train.models.parts import SingleDevice
 from titans_train.shape import AttentionShape, MemoryShape, ModelShape
 
 AT_LEAST = 1.5  # CPU seconds a case is repeated for
@@ -63,7 +63,7 @@ def model_shape(block: str, chunk: int, norm: bool) -> ModelShape:
         forget_bias=-6.0, momentum_bias=0.0, theta_bias=0.0, store_every=max(1, min(16, 1024 // chunk)),
     )  # fmt: skip
     return ModelShape(
-        block, 1, DIM, HEADS, HEAD_DIM, 264, 704, True, 1e-5, 0.02,
+        block, 1, DIM, HEADS, HEAD_DIM, 264, 264, 704, True, 1e-5, 0.02,
         None if block == "transformer" else memory, AttentionShape(None, None, 0, 10000.0),
     )  # fmt: skip
 
@@ -113,11 +113,11 @@ def build(what: str, chunk: int, length: int, norm: bool) -> Callable[[int], Non
         module = LayerAlone(chunk, norm)
     else:
         kind = LMMBlock if what == "block" else TransformerBlock
-        module = kind(model_shape("lmm" if what == "block" else "transformer", chunk, norm), SingleProcess())
+        module = kind(model_shape("lmm" if what == "block" else "transformer", chunk, norm), SingleDevice())
 
     def layer(n: int) -> None:
         x = torch.randn(1, n, DIM, requires_grad=True)
-        out = module(x)
+        out = module(x.flatten(0, 1), 1) if isinstance(module, Block | LayerAlone) else module(x)
         (out[0] if isinstance(out, tuple) else out).square().sum().backward()
         module.zero_grad()
 
@@ -131,11 +131,11 @@ class LayerAlone(torch.nn.Module):
         super().__init__()
         shape = model_shape("lmm", chunk, norm)
         self.norm = torch.nn.RMSNorm(DIM)
-        self.block = LMMBlock(shape, SingleProcess())
+        self.block = LMMBlock(shape, SingleDevice())
         self.block.feed_forward = torch.nn.Identity()  # type: ignore[assignment]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, BlockState]:
-        return self.block.mix(self.norm(x), None, None)
+    def forward(self, x: Tensor, batch: int) -> tuple[Tensor, BlockState]:
+        return self.block.mix(self.norm(x), batch, None, None)
 
 
 def operator_flops(chunk: int) -> float:

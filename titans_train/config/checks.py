@@ -11,7 +11,7 @@ from typing import Any
 
 from titans_train.config.errors import Problem, nearest_divisors, nearest_multiples, show, use
 from titans_train.config.explain import UnknownValueError
-from titans_train.config.schema import RunConfig
+from titans_train.config.schema import Model, RunConfig
 
 Check = Callable[[RunConfig], Iterator[Problem]]
 
@@ -47,6 +47,16 @@ def heads(config: RunConfig) -> Iterator[Problem]:
         message = f"{model.heads} heads of model.width {model.width} are {head_dim} wide; rotary positions need it even"
         choices = nearest_divisors(model.width, model.heads, even)
         yield Problem("model.heads", message, use("model.heads", choices) or use("model.width", [2 * model.width]))
+
+
+def feed_forward_width(model: Model) -> int:
+    """Of SwiGLU: 8/3 of the width, rounded up to a multiple of 32, which devices and splits like."""
+    return model.feed_forward if model.feed_forward is not None else -(-8 * model.width // 96) * 32
+
+
+def padded_vocabulary(model: Model) -> int:
+    """Rows of the table: the same for any parallel.tensor, so that checkpoints fit every layout."""
+    return -(-model.vocabulary // model.vocabulary_multiple) * model.vocabulary_multiple
 
 
 def segment(config: RunConfig) -> Iterator[Problem]:
@@ -89,13 +99,37 @@ def window(config: RunConfig) -> Iterator[Problem]:
 
 
 def not_built(config: RunConfig) -> Iterator[Problem]:
-    for name in ("tensor", "sequence"):
-        size = getattr(config.parallel, name)
-        if size > 1:
-            message = f"{size}: splitting by {name} is planned, not built yet; the limit is 1"
-            yield Problem(f"parallel.{name}", message, "use 1; more processes then hold more sequences of the batch")
-    if config.parallel.sequence_parallel:
-        yield Problem("parallel.sequence_parallel", "true: planned, not built yet", "use false")
+    size = config.parallel.sequence
+    if size > 1:
+        message = f"{size}: splitting the sequence is planned, not built yet; the limit is 1"
+        yield Problem("parallel.sequence", message, "use 1; more processes then hold more sequences of the batch")
+
+
+def tensor(config: RunConfig) -> Iterator[Problem]:
+    """What tensor parallelism cuts must be divisible: heads, feed-forward units, table rows; and tokens of a share."""
+    size, model = config.parallel.tensor, config.model
+    if size == 1:
+        if config.parallel.sequence_parallel:
+            message = "true, but parallel.tensor is 1: there is nobody to share the tokens of the residual stream with"
+            yield Problem("parallel.sequence_parallel", message, "use false, or parallel.tensor 2 or more")
+        return
+    if model.heads % size:
+        message = f"{size} ranks cannot share model.heads {model.heads} evenly"
+        yield Problem("parallel.tensor", message, use("parallel.tensor", nearest_divisors(model.heads, size)))
+    units = feed_forward_width(model)
+    if units % size:
+        message = f"{units} units cannot be shared evenly by parallel.tensor {size} ranks"
+        yield Problem("model.feed_forward", message, use("model.feed_forward", nearest_multiples(size, units)))
+    if padded_vocabulary(model) % size:
+        rows = padded_vocabulary(model)
+        message = f"the table's {rows} rows cannot be shared evenly by parallel.tensor {size} ranks"
+        remedy = use("model.vocabulary_multiple", nearest_multiples(size, model.vocabulary_multiple))
+        yield Problem("model.vocabulary_multiple", message, remedy)
+    micro, length = config.training.micro_batch_size, config.training.sequence_length
+    if config.parallel.sequence_parallel and micro * length % size:
+        message = f"true, but {micro} x {length} tokens of a micro-batch cannot be shared evenly by {size} ranks"
+        remedy = use("training.sequence_length", nearest_multiples(size, length))
+        yield Problem("parallel.sequence_parallel", message, f"{remedy}, or false")
 
 
 def precision(config: RunConfig) -> Iterator[Problem]:
@@ -171,5 +205,5 @@ def mesh(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
 
 
 CHECKS: list[Check] = [
-    heads, segment, chunk, window, not_built, precision, source, recall, batch, schedule,
+    heads, segment, chunk, window, not_built, tensor, precision, source, recall, batch, schedule,
 ]  # fmt: skip

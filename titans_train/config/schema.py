@@ -27,7 +27,10 @@ class Model(Section):
     layers: int = Field(ge=1, le=1024)
     width: int = Field(ge=8, le=65536)
     heads: int = Field(ge=1, le=1024)
-    vocabulary: int = Field(ge=2, le=2**31 - 1)
+    vocabulary: int = Field(ge=2, le=2**31 - 1, description="token ids are below this")
+    vocabulary_multiple: int = Field(
+        default=128, ge=1, le=65536, description="the table has rows up to a multiple of this, for any parallel.tensor"
+    )
     feed_forward: int | None = Field(default=None, ge=1, description="of SwiGLU; null: 8/3 width, rounded up to 32")
     tied_head: bool = True
     norm_eps: float = Field(default=1e-5, gt=0, le=1e-2)

@@ -28,7 +28,7 @@ def evaluate(
         logits = model(
             torch.stack([s.tokens for s in samples]), document_starts=torch.stack(starts) if starts else None
         ).logits
-        loss_sum += float(model.parts.cross_entropy_sum(logits, labels))
+        loss_sum += float(model.parts.cross_entropy_sum(logits.flatten(0, 1), labels.flatten()))
         counted = labels != IGNORE
         right += int((logits.argmax(-1) == labels)[counted].sum())
         tokens += int(counted.sum())

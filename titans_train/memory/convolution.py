@@ -5,8 +5,13 @@ Shapes: x [B, L, D]; tail [B, K - 1, D], the inputs before x; positions [B, L], 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from titans_train.models.parts import Parts
 
 
 def document_positions(document_starts: Tensor | None) -> Tensor | None:
@@ -24,14 +29,14 @@ class CausalConvolution(nn.Module):
     Starts near `start`, the first taps: (1,) is the identity.
     """
 
-    def __init__(self, width: int, taps: int, start: tuple[float, ...] = (1.0,)) -> None:
+    def __init__(self, width: int, taps: int, parts: Parts, start: tuple[float, ...] = (1.0,)) -> None:
         super().__init__()
         self.taps = taps
         if taps > 1:
             weight = torch.randn(taps, width) * 0.02
             for j, value in enumerate(start[:taps]):
                 weight[j] += value
-            self.weight = nn.Parameter(weight)
+            self.weight = parts.parameter(weight, 1)
 
     def forward(self, x: Tensor, tail: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.taps == 1:

@@ -1,12 +1,16 @@
-"""The neural memory as a layer: projections, convolutions, gates and the scan (Titans paper, sections 3.1 and 4.4).
+"""The neural memory as a layer: convolutions, gates and the scan (Titans paper, sections 3.1 and 4.4).
 
-Shape legend: B batch, L tokens, D width, H heads, d = D / H, K taps of a convolution.
-The layer returns heads [B, L, H, d]; what follows (norm, gate, projection) belongs to the block.
+Shape legend: B batch, L tokens, H heads (of this device), d head width, K taps of a convolution.
+What it is given, the block has projected: "memory_q", "memory_k", "memory_v" [B, L, H d], and the gates
+"alpha", "eta", "theta" [B, L, H] before their sigmoid. It returns heads [B, L, H, d]; what follows (norm, gate,
+output projection) belongs to the block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +21,26 @@ from titans_train.memory.learned import Learned
 from titans_train.memory.recurrence import memory_mlp
 from titans_train.memory.scan import memory_scan
 from titans_train.memory.state import MemoryState
-from titans_train.shape import ModelShape
+from titans_train.shape import MemoryShape, ModelShape
+
+if TYPE_CHECKING:
+    from titans_train.models.parts import Parts
+
+Inputs = Mapping[str, Tensor]
+
+
+def gate_biases(m: MemoryShape) -> dict[str, float]:
+    """The gates in use and where they start."""
+    used = {"alpha": (m.forgetting, m.forget_bias), "eta": (m.momentum, m.momentum_bias)}
+    used["theta"] = (m.write, m.theta_bias)
+    return {name: bias for name, (on, bias) in used.items() if on}
+
+
+def memory_sections(shape: ModelShape) -> dict[str, int]:
+    """What the layer is given, by name, and how wide."""
+    assert shape.memory is not None
+    qkv = dict.fromkeys(("memory_q", "memory_k", "memory_v"), shape.width)
+    return qkv | dict.fromkeys(gate_biases(shape.memory), shape.heads)
 
 
 @dataclass(frozen=True)
@@ -25,36 +48,44 @@ class MemoryLayerState:
     """What the layer carries: the memory, the last K - 1 inputs of each convolution."""
 
     memory: MemoryState
-    tails: tuple[Tensor, Tensor, Tensor]  # of q, k, v: [B, K - 1, D]
+    tails: tuple[Tensor, Tensor, Tensor]  # of q, k, v: [B, K - 1, H d]
 
 
 class NeuralMemory(nn.Module):
-    """x [B, L, D] -> heads [B, L, H, d], reading the memory that it writes.
+    """Heads of what it is given, reading the memory that it writes.
 
     Initial values follow measurements of what trains without blowing up: alpha near 0, convolutions near the
     identity, and theta limited to theta_max * (1 - eta), since the step sizes of a chunk and 1 / (1 - eta) multiply.
     """
 
-    def __init__(self, shape: ModelShape, parts: object) -> None:
+    def __init__(self, shape: ModelShape, parts: Parts) -> None:
         super().__init__()
         assert shape.memory is not None
         self.shape, m = shape.memory, shape.memory
-        self.heads, self.head_dim = shape.heads, shape.head_dim
-        width, std = shape.width, shape.initializer_std
-        self.q, self.k, self.v = (parts.column_linear(width, width, std) for _ in range(3))  # type: ignore[attr-defined]
-        self.q_conv, self.v_conv = CausalConvolution(width, m.convolution), CausalConvolution(width, m.convolution)
+        self.heads, self.head_dim = parts.share(shape.heads), shape.head_dim
+
+        def convolution(*start: float) -> CausalConvolution:
+            return CausalConvolution(shape.width, m.convolution, parts, start)
+
         # A key made of two tokens can stand for the first while the value stands for the second: what recall needs.
-        self.k_conv = CausalConvolution(width, m.convolution, (0.7, 0.7) if m.key_start == "pair" else (1.0,))
-        gates = [m.forget_bias] * m.forgetting + [m.momentum_bias] * m.momentum + [m.theta_bias] * m.write
-        self.gates = parts.gates(width, self.heads, gates, std) if gates else None  # type: ignore[attr-defined]
-        sizes = [self.head_dim, *[m.hidden] * (m.depth - 1), self.head_dim]
+        pair = (0.7, 0.7) if m.key_start == "pair" else (1.0,)
+        self.q_conv, self.k_conv, self.v_conv = convolution(1.0), convolution(*pair), convolution(1.0)
+        biases = gate_biases(m)
+        self.gate_bias = None
+        if biases:
+            start = torch.tensor(list(biases.values()))[:, None].expand(-1, shape.heads).clone()
+            self.gate_bias = Learned(parts.parameter(start, 1))  # [gates, H]
+        sizes = [shape.head_dim, *[m.hidden] * (m.depth - 1), shape.head_dim]
         self.initial = Learned(
-            *(torch.randn(self.heads, a, b) * a**-0.5 for a, b in zip(sizes, sizes[1:], strict=False))
+            *(
+                parts.parameter(torch.randn(shape.heads, a, b) * a**-0.5, 0)
+                for a, b in zip(sizes, sizes[1:], strict=False)
+            )
         )
-        per_head = (self.heads, self.head_dim)
-        self.norm = (
-            Learned(torch.full(per_head, self.head_dim**-0.5), torch.zeros(per_head)) if m.residual_norm else None
-        )
+        self.norm = None
+        if m.residual_norm:
+            gain = torch.full((shape.heads, shape.head_dim), shape.head_dim**-0.5)
+            self.norm = Learned(parts.parameter(gain, 0), parts.parameter(torch.zeros_like(gain), 0))
         self.records: dict[str, Tensor] | None = None  # filled by the forward while monitoring records
 
     def initial_memory(self, batch: int = 1) -> MemoryState:
@@ -70,6 +101,7 @@ class NeuralMemory(nn.Module):
         return gain, bias
 
     def empty_tails(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [B, ...] of the model's dtype."""
         tail = x.new_zeros(x.shape[0], self.shape.convolution - 1, self.heads * self.head_dim)
         return tail, tail, tail
 
@@ -82,50 +114,51 @@ class NeuralMemory(nn.Module):
         """[B, L, H d] -> [B, H, L, d]"""
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
 
-    def query(self, x: Tensor, tail: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """l2-normalised queries [B, H, L, d], and the convolution's new tail."""
-        q, tail = self.q_conv(self.q(x), tail, positions)
+    def query(self, q: Tensor, tail: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """l2-normalised queries [B, H, L, d] of projected ones [B, L, H d], and the convolution's new tail."""
+        q, tail = self.q_conv(q, tail, positions)
         return F.normalize(self.split(F.silu(q)), dim=-1, eps=1e-6), tail
 
-    def read(self, x: Tensor, memory: MemoryState, tail: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    def read(self, q: Tensor, memory: MemoryState, tail: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Reads without writing (MAC's h): heads [B, L, H, d], and the query convolution's new tail."""
-        q, tail = self.query(x, tail, positions)
+        given = q.dtype
+        q, tail = self.query(q, tail, positions)
         dtype = memory.weights[0].dtype
         gain, bias = (None if p is None else p.to(dtype) for p in self.gain_and_bias())
         y = memory_mlp(q.to(dtype), memory.weights, self.shape.activation, gain, bias)
-        return y.to(x.dtype).transpose(1, 2), tail
+        return y.to(given).transpose(1, 2), tail
 
-    def gate_values(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    def gate_values(self, given: Inputs) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """alpha, eta, theta, each [B, H, L] in float32 or better; None where switched off."""
-        m = self.shape
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        if self.gates is None:
-            return None, None, torch.zeros(x.shape[0], self.heads, x.shape[1], dtype=dtype, device=x.device)
-        values = self.gates(x).to(dtype).sigmoid()  # [B, gates, L, H]
-        parts = list(values.permute(1, 0, 3, 2).unbind(0))
-        alpha = parts.pop(0) if m.forgetting else None
-        eta = parts.pop(0) if m.momentum else None
-        theta = parts.pop(0) * m.theta_max if m.write else torch.zeros_like(values[:, 0].transpose(1, 2))
-        if m.couple_theta and eta is not None:
-            theta = theta * (1 - eta)
-        return alpha, eta, theta
+        m, k = self.shape, given["memory_k"]
+        dtype = torch.promote_types(k.dtype, torch.float32)
+        gates = {}
+        if self.gate_bias is not None:
+            (biases,) = self.gate_bias()
+            for name, bias in zip(gate_biases(m), biases, strict=True):
+                gates[name] = (given[name].to(dtype) + bias.to(dtype)).sigmoid().transpose(1, 2)
+        alpha, eta = gates.get("alpha"), gates.get("eta")
+        if "theta" not in gates:
+            return alpha, eta, torch.zeros(k.shape[0], self.heads, k.shape[1], dtype=dtype, device=k.device)
+        theta = gates["theta"] * m.theta_max
+        return alpha, eta, theta * (1 - eta) if m.couple_theta and eta is not None else theta
 
     def forward(
         self,
-        x: Tensor,
+        given: Inputs,
         state: MemoryLayerState,
         document_starts: Tensor | None = None,
         document_memory: MemoryState | None = None,
     ) -> tuple[Tensor, MemoryLayerState]:
-        """document_starts: [B, L] bool; there the memory restarts from `document_memory`."""
+        """Heads [B, L, H, d]. document_starts: [B, L] bool; there the memory restarts from `document_memory`."""
         positions = document_positions(document_starts)
-        q, q_tail = self.query(x, state.tails[0], positions)
-        k, k_tail = self.k_conv(self.k(x), state.tails[1], positions)
-        v, v_tail = self.v_conv(self.v(x), state.tails[2], positions)
+        q, q_tail = self.query(given["memory_q"], state.tails[0], positions)
+        k, k_tail = self.k_conv(given["memory_k"], state.tails[1], positions)
+        v, v_tail = self.v_conv(given["memory_v"], state.tails[2], positions)
         k, v = F.normalize(self.split(F.silu(k)), dim=-1, eps=1e-6), self.split(F.silu(v))
         if self.shape.normalize_values:
             v = F.normalize(v, dim=-1, eps=1e-6)
-        alpha, eta, theta = self.gate_values(x)
+        alpha, eta, theta = self.gate_values(given)
         surprises: list[Tensor] | None = None if self.records is None else []
         gain, bias = self.gain_and_bias()
         y, memory = memory_scan(

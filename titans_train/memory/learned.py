@@ -12,11 +12,11 @@ from torch import Tensor, nn
 class Learned(nn.Module):
     """Holds tensors as parameters named value_0, value_1, ...; calling it returns copies."""
 
-    def __init__(self, *values: Tensor) -> None:
+    def __init__(self, *values: nn.Parameter) -> None:
         super().__init__()
         self.count = len(values)
         for n, value in enumerate(values):
-            self.register_parameter(f"value_{n}", nn.Parameter(value))
+            self.register_parameter(f"value_{n}", value)
 
     def forward(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, f"value_{n}").clone() for n in range(self.count))

@@ -4,6 +4,6 @@ No rank, group or collective: what differs between one process and many comes in
 """
 
 from titans_train.models.language_model import LanguageModel, ModelOutput, recording
-from titans_train.models.parts import Parts, SingleProcess
+from titans_train.models.parts import Parts, SingleDevice
 
-__all__ = ["LanguageModel", "ModelOutput", "Parts", "SingleProcess", "recording"]
+__all__ = ["LanguageModel", "ModelOutput", "Parts", "SingleDevice", "recording"]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from titans_train.memory.layer import Inputs
 from titans_train.models.layers import rotate
 from titans_train.models.parts import Parts
 from titans_train.shape import ModelShape
@@ -35,41 +36,44 @@ class Persistent:
     values: Tensor
 
 
-class Attention(nn.Module):
-    """x [B, L, D] -> heads [B, L, H, d]; the output projection belongs to the block."""
+def attention_sections(shape: ModelShape) -> dict[str, int]:
+    """What attention is given, by name, and how wide."""
+    return dict.fromkeys(("q", "k", "v"), shape.width)
+
+
+class Attention:
+    """Heads [B, L, H, d] of projected q, k, v [B, L, H d]; both projections belong to the block."""
 
     def __init__(self, shape: ModelShape, parts: Parts) -> None:
-        super().__init__()
-        self.heads, self.head_dim = shape.heads, shape.head_dim
+        self.heads, self.head_dim = parts.share(shape.heads), shape.head_dim
         self.window, self.base = shape.attention.window, shape.attention.rope_base
-        std = shape.initializer_std
-        self.q, self.k, self.v = (parts.column_linear(shape.width, shape.width, std) for _ in range(3))
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
 
     def initial_state(self, x: Tensor) -> AttentionState:
+        """x: [B, ...] of the model's dtype."""
         empty = x.new_zeros(x.shape[0], self.heads, 0, self.head_dim)
         return AttentionState(empty, empty, torch.zeros(x.shape[0], 0, dtype=torch.bool, device=x.device), 0)
 
-    def persistent(self, tokens: Tensor | None) -> Persistent | None:
-        """Keys and values of persistent tokens [P, D]."""
-        if tokens is None:
-            return None
-        return Persistent(self.split(self.k(tokens[None])), self.split(self.v(tokens[None])))
+    def persistent(self, given: Inputs | None) -> Persistent | None:
+        """Keys and values of persistent tokens, projected: [1, P, H d]."""
+        return None if given is None else Persistent(self.split(given["k"]), self.split(given["v"]))
 
-    def forward(
+    def __call__(
         self,
-        x: Tensor,
-        state: AttentionState,
-        persistent: Tensor | None = None,
+        given: Inputs,
+        state: AttentionState | None = None,
+        persistent: Inputs | None = None,
         document_starts: Tensor | None = None,
     ) -> tuple[Tensor, AttentionState]:
-        """persistent: [P, D] tokens or None. document_starts: [B, L] bool."""
+        """persistent: what is given of the persistent tokens. document_starts: [B, L] bool."""
+        x = given["q"]
+        state = self.initial_state(x) if state is None else state
         first, length = state.position, x.shape[1]
-        plain = self.split(self.q(x))
+        plain = self.split(x)
         q = rotate(plain, first, self.base)
-        k, v = rotate(self.split(self.k(x)), first, self.base), self.split(self.v(x))
+        k, v = rotate(self.split(given["k"]), first, self.base), self.split(given["v"])
         keys, values = torch.cat([state.keys.to(k.dtype), k], 2), torch.cat([state.values.to(v.dtype), v], 2)
         fixed = self.persistent(persistent)
         documents = _document_ids(state.valid, document_starts, length)

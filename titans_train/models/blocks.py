@@ -1,7 +1,8 @@
 """The blocks: transformer, LMM, MAG and MAL (MAC has a file of its own). Titans paper, section 4.
 
 Every block is residual and pre-normalised: x + mixer(norm(x)), then x + feed_forward(norm(x)). Shapes: B batch,
-L tokens, D width, H heads, d = D / H, P persistent tokens.
+L tokens, N = B L tokens of the residual stream, flat and batch major, D width, H heads of this device, d head width,
+P persistent tokens. A mixer is one region (see parts.py): columns, then work per head on [B, L, ...], then rows.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans_train.memory.layer import MemoryLayerState, NeuralMemory
+from titans_train.memory.layer import Inputs, MemoryLayerState, NeuralMemory, memory_sections
 from titans_train.memory.learned import Learned
 from titans_train.memory.state import MemoryState
-from titans_train.models.attention import Attention, AttentionState
+from titans_train.models.attention import Attention, AttentionState, attention_sections
 from titans_train.models.layers import FeedForward, HeadNorm, RMSNorm
 from titans_train.models.parts import Parts
 from titans_train.shape import ModelShape
@@ -34,8 +35,13 @@ def output_std(shape: ModelShape) -> float:
     return shape.initializer_std * (2 * shape.layers) ** -0.5
 
 
+def by_row(given: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
+    """Tokens [N, n] -> [B, L, n]"""
+    return {name: x.unflatten(0, (batch, -1)) for name, x in given.items()}
+
+
 class MemoryBranch(nn.Module):
-    """The neural memory behind its persistent tokens: [P | x] -> heads of x (and of P).
+    """The neural memory behind its persistent tokens: [P | x], projected -> heads of x (and of P).
 
     Persistent tokens are a chunk of their own in front of every document. The state after them is a constant of the
     layer, computed once per forward and loaded wherever a document starts. They are not written again when a
@@ -46,25 +52,25 @@ class MemoryBranch(nn.Module):
         super().__init__()
         self.memory = NeuralMemory(shape, parts)
 
-    def after_persistent(self, persistent: Tensor | None) -> tuple[MemoryState, Tensor | None]:
-        """Memory state [1, ...] after the persistent tokens [P, D], and their heads [1, P, H, d]."""
+    def after_persistent(self, persistent: Inputs | None) -> tuple[MemoryState, Tensor | None]:
+        """Memory state [1, ...] after the persistent tokens, and their heads [1, P, H, d]."""
         start = self.memory.initial_memory()
         if persistent is None:
             return start, None
-        tokens = persistent[None]
-        heads, state = self.memory(tokens, MemoryLayerState(start, self.memory.empty_tails(tokens)))
+        tails = self.memory.empty_tails(persistent["memory_q"])
+        heads, state = self.memory(persistent, MemoryLayerState(start, tails))
         return state.memory.at_border(), heads
 
     def forward(
-        self, x: Tensor, state: MemoryLayerState | None, persistent: Tensor | None, document_starts: Tensor | None
+        self, given: Inputs, state: MemoryLayerState | None, persistent: Inputs | None, document_starts: Tensor | None
     ) -> tuple[Tensor, MemoryLayerState, Tensor | None]:
         """Heads [B, L, H, d], the state, and the heads of the persistent tokens [1, P, H, d]."""
         start, persistent_heads = None, None
         if state is None or document_starts is not None or persistent is not None:
             start, persistent_heads = self.after_persistent(persistent)
         if state is None:
-            state = self.memory.initial_state(x, start)
-        heads, state = self.memory(x, state, document_starts, start)
+            state = self.memory.initial_state(given["memory_q"], start)
+        heads, state = self.memory(given, state, document_starts, start)
         return heads, state, persistent_heads
 
 
@@ -79,19 +85,27 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(width, eps)
         self.feed_forward = FeedForward(width, shape.feed_forward, shape.initializer_std, output_std(shape), parts)
         count = shape.attention.persistent_tokens if shape.has_memory else 0
-        self.persistent = Learned(torch.randn(count, width)) if count else None
+        self.persistent = Learned(parts.parameter(torch.randn(count, width), None)) if count else None
 
     def persistent_tokens(self) -> Tensor | None:
         """[P, D], in the normalised space of the mixer's input."""
         return None if self.persistent is None else self.persistent()[0]
 
-    def mix(self, x: Tensor, state: BlockState | None, document_starts: Tensor | None) -> tuple[Tensor, BlockState]:
+    def fixed(self, columns: nn.Module) -> Inputs | None:
+        """The persistent tokens projected as the mixer's input is, [1, P, n]; None where there are none."""
+        persistent = self.persistent_tokens()
+        return None if persistent is None else by_row(columns(persistent, "fixed"), 1)
+
+    def mix(
+        self, x: Tensor, batch: int, state: BlockState | None, document_starts: Tensor | None
+    ) -> tuple[Tensor, BlockState]:
         raise NotImplementedError
 
     def forward(
-        self, x: Tensor, state: BlockState | None = None, document_starts: Tensor | None = None
+        self, x: Tensor, batch: int, state: BlockState | None = None, document_starts: Tensor | None = None
     ) -> tuple[Tensor, BlockState]:
-        x, state = self.mix(x, state, document_starts)
+        """x: the residual stream [N, D] (this device's share) of `batch` sequences; document_starts [B, L] bool."""
+        x, state = self.mix(x, batch, state, document_starts)
         return x + self.feed_forward(self.feed_forward_norm(x)), state
 
 
@@ -100,13 +114,15 @@ class TransformerBlock(Block):
 
     def __init__(self, shape: ModelShape, parts: Parts) -> None:
         super().__init__(shape, parts)
+        self.project = parts.columns(shape.width, attention_sections(shape), shape.initializer_std)
         self.attention = Attention(shape, parts)
-        self.out = parts.row_linear(shape.width, shape.width, output_std(shape))
+        self.out = parts.rows(shape.width, shape.width, output_std(shape))
 
-    def mix(self, x: Tensor, state: BlockState | None, document_starts: Tensor | None) -> tuple[Tensor, BlockState]:
-        h = self.norm(x)
-        carried = state.attention if state and state.attention else self.attention.initial_state(h)
-        heads, new = self.attention(h, carried, None, document_starts)
+    def mix(
+        self, x: Tensor, batch: int, state: BlockState | None, document_starts: Tensor | None
+    ) -> tuple[Tensor, BlockState]:
+        given = by_row(self.project(self.norm(x)), batch)
+        heads, new = self.attention(given, state.attention if state else None, None, document_starts)
         return x + self.out(heads.flatten(2)), BlockState(attention=new)
 
 
@@ -115,23 +131,28 @@ class MemoryMixer(nn.Module):
 
     def __init__(self, shape: ModelShape, parts: Parts) -> None:
         super().__init__()
+        sections = {**memory_sections(shape), "gate": shape.width}
+        self.project = parts.columns(shape.width, sections, shape.initializer_std)
         self.branch = MemoryBranch(shape, parts)
-        self.head_norm = HeadNorm(shape.heads, shape.head_dim, shape.norm_eps)
-        self.gate = parts.column_linear(shape.width, shape.width, shape.initializer_std)
-        self.out = parts.row_linear(shape.width, shape.width, output_std(shape))
+        self.head_norm = HeadNorm(shape.heads, shape.head_dim, shape.norm_eps, parts)
+        self.out = parts.rows(shape.width, shape.width, output_std(shape))
 
-    def finish(self, heads: Tensor, x: Tensor) -> Tensor:
-        return self.out(self.head_norm(heads).flatten(2) * F.silu(self.gate(x)))
+    def gated(self, heads: Tensor, given: Inputs) -> Tensor:
+        return self.head_norm(heads).flatten(2) * F.silu(given["gate"])
 
     def forward(
-        self, x: Tensor, state: MemoryLayerState | None, persistent: Tensor | None, document_starts: Tensor | None
+        self,
+        x: Tensor,
+        batch: int,
+        state: MemoryLayerState | None,
+        persistent: Inputs | None,
+        document_starts: Tensor | None,
     ) -> tuple[Tensor, MemoryLayerState, Tensor | None]:
-        """Output [B, L, D], the state, and the output at the persistent tokens [P, D]."""
-        heads, state, fixed = self.branch(x, state, persistent, document_starts)
-        at_persistent = None
-        if fixed is not None and persistent is not None:
-            at_persistent = self.finish(fixed, persistent[None])[0]
-        return self.finish(heads, x), state, at_persistent
+        """Output [N, D], the state, and the gated heads of the persistent tokens [1, P, H d]."""
+        given = by_row(self.project(x), batch)
+        heads, state, fixed = self.branch(given, state, persistent, document_starts)
+        at_persistent = None if fixed is None or persistent is None else self.gated(fixed, persistent)
+        return self.out(self.gated(heads, given)), state, at_persistent
 
 
 class LMMBlock(Block):
@@ -141,22 +162,24 @@ class LMMBlock(Block):
         super().__init__(shape, parts)
         self.mixer = MemoryMixer(shape, parts)
 
-    def mix(self, x: Tensor, state: BlockState | None, document_starts: Tensor | None) -> tuple[Tensor, BlockState]:
+    def mix(
+        self, x: Tensor, batch: int, state: BlockState | None, document_starts: Tensor | None
+    ) -> tuple[Tensor, BlockState]:
         carried = state.memory if state else None
-        y, new, _ = self.mixer(self.norm(x), carried, self.persistent_tokens(), document_starts)
+        y, new, _ = self.mixer(self.norm(x), batch, carried, self.fixed(self.mixer.project), document_starts)
         return x + y, BlockState(memory=new)
 
 
 class Gating(nn.Module):
     """The paper's gate of two branches: both normalised with a vector scale, a non-linearity, the product. Per head."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, parts: Parts) -> None:
         super().__init__()
-        self.left = HeadNorm(shape.heads, shape.head_dim, shape.norm_eps)
-        self.right = HeadNorm(shape.heads, shape.head_dim, shape.norm_eps)
+        self.left = HeadNorm(shape.heads, shape.head_dim, shape.norm_eps, parts)
+        self.right = HeadNorm(shape.heads, shape.head_dim, shape.norm_eps, parts)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        """[B, L, H, d] twice -> [B, L, D]"""
+        """[B, L, H, d] twice -> [B, L, H d]"""
         return (F.silu(self.left(left)) * F.silu(self.right(right))).flatten(2)
 
 
@@ -165,16 +188,19 @@ class MAGBlock(Block):
 
     def __init__(self, shape: ModelShape, parts: Parts) -> None:
         super().__init__(shape, parts)
+        sections = attention_sections(shape) | memory_sections(shape)
+        self.project = parts.columns(shape.width, sections, shape.initializer_std)
         self.attention = Attention(shape, parts)
         self.branch = MemoryBranch(shape, parts)
-        self.gating = Gating(shape)
-        self.out = parts.row_linear(shape.width, shape.width, output_std(shape))
+        self.gating = Gating(shape, parts)
+        self.out = parts.rows(shape.width, shape.width, output_std(shape))
 
-    def mix(self, x: Tensor, state: BlockState | None, document_starts: Tensor | None) -> tuple[Tensor, BlockState]:
-        h, persistent = self.norm(x), self.persistent_tokens()
-        carried = state.attention if state and state.attention else self.attention.initial_state(h)
-        attended, attention = self.attention(h, carried, persistent, document_starts)
-        remembered, memory, _ = self.branch(h, state.memory if state else None, persistent, document_starts)
+    def mix(
+        self, x: Tensor, batch: int, state: BlockState | None, document_starts: Tensor | None
+    ) -> tuple[Tensor, BlockState]:
+        given, persistent = by_row(self.project(self.norm(x)), batch), self.fixed(self.project)
+        attended, attention = self.attention(given, state.attention if state else None, persistent, document_starts)
+        remembered, memory, _ = self.branch(given, state.memory if state else None, persistent, document_starts)
         return x + self.out(self.gating(attended, remembered)), BlockState(attention, memory)
 
 
@@ -185,18 +211,20 @@ class MALBlock(Block):
         super().__init__(shape, parts)
         self.mixer = MemoryMixer(shape, parts)
         self.attention_norm = RMSNorm(shape.width, shape.norm_eps)
+        self.project = parts.columns(shape.width, attention_sections(shape), shape.initializer_std)
         self.attention = Attention(shape, parts)
-        self.out = parts.row_linear(shape.width, shape.width, output_std(shape))
+        self.out = parts.rows(shape.width, shape.width, output_std(shape))
 
-    def mix(self, x: Tensor, state: BlockState | None, document_starts: Tensor | None) -> tuple[Tensor, BlockState]:
-        persistent = self.persistent_tokens()
-        y, memory, at_persistent = self.mixer(
-            self.norm(x), state.memory if state else None, persistent, document_starts
-        )
-        x = x + y
-        if persistent is not None and at_persistent is not None:
-            persistent = self.attention_norm(persistent + at_persistent)
-        h = self.attention_norm(x)
-        carried = state.attention if state and state.attention else self.attention.initial_state(h)
-        heads, attention = self.attention(h, carried, persistent, document_starts)
+    def mix(
+        self, x: Tensor, batch: int, state: BlockState | None, document_starts: Tensor | None
+    ) -> tuple[Tensor, BlockState]:
+        carried = state.memory if state else None
+        persistent = self.fixed(self.mixer.project)
+        y, memory, at_persistent = self.mixer(self.norm(x), batch, carried, persistent, document_starts)
+        x, seen = x + y, None
+        if at_persistent is not None:
+            tokens = self.persistent_tokens() + self.mixer.out(at_persistent, "fixed")[0]
+            seen = by_row(self.project(self.attention_norm(tokens), "fixed"), 1)
+        given = by_row(self.project(self.attention_norm(x)), batch)
+        heads, attention = self.attention(given, state.attention if state else None, seen, document_starts)
         return x + self.out(heads.flatten(2)), BlockState(attention, memory)

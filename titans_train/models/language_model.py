@@ -1,4 +1,7 @@
-"""The language model: embedding, blocks, final norm, head. Shapes: B batch, L tokens, D width, V vocabulary."""
+"""The language model: embedding, blocks, final norm, head.
+
+Shapes: B batch, L tokens, N = B L tokens of the residual stream (flat, batch major), D width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from titans_train.memory.layer import NeuralMemory
 from titans_train.models.blocks import Block, BlockState, LMMBlock, MAGBlock, MALBlock, TransformerBlock
 from titans_train.models.layers import RMSNorm
 from titans_train.models.mac import MACBlock, MACState
-from titans_train.models.parts import Parts, SingleProcess
+from titans_train.models.parts import Parts, SingleDevice
 from titans_train.models.state import ModelState
 from titans_train.shape import ModelShape
 
@@ -38,25 +41,26 @@ class LanguageModel(nn.Module):
     def __init__(self, shape: ModelShape, parts: Parts | None = None) -> None:
         super().__init__()
         self.shape = shape
-        self.parts = SingleProcess() if parts is None else parts
+        self.parts = SingleDevice() if parts is None else parts
         self.activation_checkpointing = False
         std = shape.initializer_std
-        self.embedding = self.parts.embedding(shape.vocabulary, shape.width, std)
+        table = (shape.vocabulary, shape.padded_vocabulary, shape.width, std)
+        self.embedding = self.parts.table(*table)
         self.blocks = nn.ModuleList(BLOCK_TYPES[shape.block](shape, self.parts) for _ in range(shape.layers))
         self.norm = RMSNorm(shape.width, shape.norm_eps)
-        self.head = None if shape.tied_head else self.parts.column_linear(shape.width, shape.vocabulary, std)
+        self.head = None if shape.tied_head else self.parts.table(*table)
 
     def hidden(
         self, tokens: Tensor, document_starts: Tensor | None, state: ModelState | None
     ) -> tuple[Tensor, list[BlockState | MACState]]:
-        """[B, L] tokens -> [B, L, D], normalised, and each block's new state."""
-        x, states = self.embedding(tokens), []
+        """[B, L] tokens -> [N, D] (this device's share), normalised, and each block's new state."""
+        x, states, batch = self.embedding(tokens), [], tokens.shape[0]
         for n, block in enumerate(self.blocks):
             carried = None if state is None else state.blocks[n]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, new = checkpoint(block, x, carried, document_starts, use_reentrant=False)
+                x, new = checkpoint(block, x, batch, carried, document_starts, use_reentrant=False)
             else:
-                x, new = block(x, carried, document_starts)
+                x, new = block(x, batch, carried, document_starts)
             states.append(new)
         return self.norm(x), states
 
@@ -73,11 +77,13 @@ class LanguageModel(nn.Module):
         With `state`, tokens continue an earlier call. Labels given: loss_sum; else logits.
         """
         x, states = self.hidden(tokens, document_starts, state)
-        logits = self.embedding(x, as_head=True) if self.head is None else self.head(x)
+        head = self.embedding if self.head is None else self.head
+        logits = head(x, as_head=True)
         carried = ModelState(tuple(states)) if return_state else None
         if labels is None:
-            return ModelOutput(logits=logits, state=carried)
-        return ModelOutput(loss_sum=self.parts.cross_entropy_sum(logits, labels), state=carried)
+            by_token = logits[:, : self.shape.vocabulary].unflatten(0, tokens.shape)
+            return ModelOutput(logits=by_token, state=carried)
+        return ModelOutput(loss_sum=self.parts.cross_entropy_sum(logits, labels.flatten()), state=carried)
 
 
 @contextmanager

@@ -24,26 +24,26 @@ class RMSNorm(nn.Module):
 class HeadNorm(nn.Module):
     """RMSNorm of each head with its own vector scale: [B, L, H, d] -> the same. Needs no other head."""
 
-    def __init__(self, heads: int, head_dim: int, eps: float) -> None:
+    def __init__(self, heads: int, head_dim: int, eps: float, parts: Parts) -> None:
         super().__init__()
         self.eps = eps
-        self.scale = nn.Parameter(torch.ones(heads, head_dim))
+        self.scale = parts.parameter(torch.ones(heads, head_dim), 0)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.scale.to(x.dtype)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x)."""
+    """SwiGLU: down(silu(gate x) * up x), on the residual stream [N, D]."""
 
     def __init__(self, width: int, hidden: int, std: float, out_std: float, parts: Parts) -> None:
         super().__init__()
-        self.gate = parts.column_linear(width, hidden, std)
-        self.up = parts.column_linear(width, hidden, std)
-        self.down = parts.row_linear(hidden, width, out_std)
+        self.project = parts.columns(width, {"gate": hidden, "up": hidden}, std)
+        self.down = parts.rows(hidden, width, out_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        h = self.project(x)
+        return self.down(F.silu(h["gate"]) * h["up"])
 
 
 def rotate(x: Tensor, first: int, base: float) -> Tensor:

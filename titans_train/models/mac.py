@@ -4,7 +4,8 @@
     y = Attn([P | h | x_s]), rows of x_s    row i sees h_j and x_j only for j <= i
     o = y (x) M(y)                          y is written into the memory, and read back causally
 
-Shapes: B batch, T tokens of (a piece of) a segment, H heads, d head width, D = H d.
+One columns layer serves x (all of a segment's sequence at once), h and y, by different sections of it. Shapes: B batch,
+T tokens of (a piece of) a segment, H heads of this device, d head width, D width, N = B L tokens of the residual stream.
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ import torch
 from torch import Tensor
 
 from titans_train.memory.convolution import document_positions
-from titans_train.memory.layer import MemoryLayerState, NeuralMemory
+from titans_train.memory.layer import Inputs, MemoryLayerState, NeuralMemory, memory_sections
 from titans_train.memory.state import MemoryState
-from titans_train.models.attention import Attention, Persistent, masked_attention, with_persistent
-from titans_train.models.blocks import Block, Gating, output_std
+from titans_train.models.attention import (
+    Attention,
+    Persistent,
+    attention_sections,
+    masked_attention,
+    with_persistent,
+)
+from titans_train.models.blocks import Block, Gating, by_row, output_std
 from titans_train.models.layers import HeadNorm, rotate
 from titans_train.models.parts import Parts
 from titans_train.shape import ModelShape
@@ -30,7 +37,7 @@ class MACState:
 
     memory: MemoryLayerState
     read_memory: MemoryState
-    read_tail: Tensor  # of the query convolution over x: [B, K - 1, D]
+    read_tail: Tensor  # of the query convolution over x: [B, K - 1, H d]
     context_keys: Tensor  # of h: [B, H, t, d]
     context_values: Tensor
     keys: Tensor  # of x: [B, H, t, d]
@@ -43,33 +50,45 @@ class MACBlock(Block):
         super().__init__(shape, parts)
         assert shape.attention.segment is not None
         self.segment = shape.attention.segment
+        sections = attention_sections(shape) | memory_sections(shape)
+        self.memory_sections = tuple(memory_sections(shape))
+        self.project = parts.columns(shape.width, sections, shape.initializer_std)
         self.attention = Attention(shape, parts)
-        self.attention_out = parts.row_linear(shape.width, shape.width, shape.initializer_std)
+        self.attention_out = parts.rows(shape.width, shape.width, shape.initializer_std)
         self.memory = NeuralMemory(shape, parts)
-        self.read_norm = HeadNorm(shape.heads, shape.head_dim, shape.norm_eps)
-        self.gating = Gating(shape)
-        self.out = parts.row_linear(shape.width, shape.width, output_std(shape))
+        self.read_norm = HeadNorm(shape.heads, shape.head_dim, shape.norm_eps, parts)
+        self.gating = Gating(shape, parts)
+        self.out = parts.rows(shape.width, shape.width, output_std(shape))
 
     def initial_state(self, x: Tensor, initial: MemoryState) -> MACState:
         state = self.memory.initial_state(x, initial)
         empty = x.new_zeros(x.shape[0], self.attention.heads, 0, self.attention.head_dim)
         return MACState(state, state.memory, state.tails[0], empty, empty, empty, empty, 0)
 
-    def mix(self, x: Tensor, state: MACState | None, document_starts: Tensor | None) -> tuple[Tensor, MACState]:  # type: ignore[override]
-        h = self.norm(x)
+    def mix(  # type: ignore[override]
+        self, x: Tensor, batch: int, state: MACState | None, document_starts: Tensor | None
+    ) -> tuple[Tensor, MACState]:
+        given = by_row(self.project(self.norm(x), "tokens", ("q", "k", "v", "memory_q")), batch)
         initial = self.memory.initial_memory() if state is None or document_starts is not None else None
         if state is None:
             assert initial is not None
-            state = self.initial_state(h, initial)
-        fixed = self.attention.persistent(self.persistent_tokens())
-        outputs, start = [], 0
-        while start < h.shape[1]:
-            stop = min(start + self.segment - state.position, h.shape[1])
+            state = self.initial_state(given["q"], initial)
+        fixed = self._fixed_keys()
+        outputs, start, length = [], 0, given["q"].shape[1]
+        while start < length:
+            stop = min(start + self.segment - state.position, length)
             starts = None if document_starts is None else document_starts[:, start:stop]
-            y, state = self._piece(h[:, start:stop], state, fixed, starts, initial)
+            piece = {name: value[:, start:stop] for name, value in given.items()}
+            y, state = self._piece(piece, state, fixed, starts, initial)
             outputs.append(y)
             start = stop
-        return x + torch.cat(outputs, 1), state
+        return x + self.out(torch.cat(outputs, 1)), state
+
+    def _fixed_keys(self) -> Persistent | None:
+        persistent = self.persistent_tokens()
+        if persistent is None:
+            return None
+        return self.attention.persistent(by_row(self.project(persistent, "fixed", ("k", "v")), 1))
 
     def _enter_segment(self, state: MACState, starts: Tensor | None, initial: MemoryState | None) -> MACState:
         """At a segment's first token: new documents take the initial memory, and the read memory moves on."""
@@ -83,13 +102,13 @@ class MACBlock(Block):
 
     def _piece(
         self,
-        x: Tensor,
+        given: Inputs,
         state: MACState,
         fixed: Persistent | None,
         starts: Tensor | None,
         initial: MemoryState | None,
     ) -> tuple[Tensor, MACState]:
-        """x: [B, T, D], all within one segment. Document starts are possible at the segment's first token only."""
+        """given: of x, [B, T, H d], all within one segment. Gives o [B, T, H d], not yet projected. Document starts are possible at the segment's first token only."""
         if starts is not None:
             inside = starts if state.position else starts[:, 1:]
             if inside.device.type == "cpu" and bool(inside.any()):
@@ -97,43 +116,43 @@ class MACBlock(Block):
         if state.position == 0:
             state = self._enter_segment(state, starts, initial)
         positions = document_positions(starts)
-        context, read_tail = self.memory.read(x, state.read_memory, state.read_tail, positions)
-        state = self._add_keys(x, self.read_norm(context).flatten(2), state)
-        heads = self._attend(x, state, fixed)
-        y = self.attention_out(heads.flatten(2))
+        read, read_tail = self.memory.read(given["memory_q"], state.read_memory, state.read_tail, positions)
+        context = self.project(self.read_norm(read).flatten(2), "heads", ("k", "v"))
+        state = self._add_keys(given, context, state)
+        heads = self._attend(given, state, fixed)
+        y = self.project(self.attention_out(heads.flatten(2), "whole"), "whole", self.memory_sections)
         # The memory rows of new documents are in place already: here only the convolutions restart.
         remembered, memory = self.memory(y, state.memory, *self._restart(starts, state))
-        o = self.out(self.gating(heads, remembered))
-        position = (state.position + x.shape[1]) % self.segment
-        return o, replace(state, memory=memory, read_tail=read_tail, position=position)
+        position = (state.position + heads.shape[1]) % self.segment
+        return self.gating(heads, remembered), replace(state, memory=memory, read_tail=read_tail, position=position)
 
     def _restart(self, starts: Tensor | None, state: MACState) -> tuple[Tensor | None, MemoryState | None]:
         return (None, None) if starts is None else (starts, state.read_memory)
 
-    def _add_keys(self, x: Tensor, context: Tensor, state: MACState) -> MACState:
+    def _add_keys(self, given: Inputs, context: Inputs, state: MACState) -> MACState:
         """h_j and x_j both stand at position j of the segment."""
         a = self.attention
 
         def add(old: Tensor, new: Tensor) -> Tensor:
             return torch.cat([old.to(new.dtype), new], 2)
 
-        def keys(of: Tensor) -> Tensor:
-            return rotate(a.split(a.k(of)), state.position, a.base)
+        def keys(of: Inputs) -> Tensor:
+            return rotate(a.split(of["k"]), state.position, a.base)
 
         return replace(
             state,
             context_keys=add(state.context_keys, keys(context)),
-            context_values=add(state.context_values, a.split(a.v(context))),
-            keys=add(state.keys, keys(x)),
-            values=add(state.values, a.split(a.v(x))),
+            context_values=add(state.context_values, a.split(context["v"])),
+            keys=add(state.keys, keys(given)),
+            values=add(state.values, a.split(given["v"])),
         )
 
-    def _attend(self, x: Tensor, state: MACState, fixed: Persistent | None) -> Tensor:
+    def _attend(self, given: Inputs, state: MACState, fixed: Persistent | None) -> Tensor:
         """Rows of x over [P | h | x], causal in both: heads [B, T, H, d]."""
         a, first = self.attention, state.position
-        plain = a.split(a.q(x))
+        plain = a.split(given["q"])
         q = with_persistent(rotate(plain, first, a.base), plain, fixed)
-        index = torch.arange(first + x.shape[1], device=x.device)
+        index = torch.arange(first + plain.shape[2], device=q.device)
         causal = index <= index[first:, None]
         mask = torch.cat([causal, causal], 1)[None]
         keys = torch.cat([state.context_keys, state.keys], 2)

@@ -1,79 +1,123 @@
-"""The pieces that differ between one process and many, and their single-process form.
+"""The pieces that differ between one device and many, and their form for one device.
 
-A block asks for a column linear (output split over devices), a row linear (input split, output summed), gates
-(split by head), an embedding and a cross-entropy. `parallel/` may bring other forms; these are the reference.
+A layer is split by head, and a feed-forward by hidden unit: what stands between a columns layer (its output split) and
+a rows layer (its input split, its output summed) needs nothing from another device. Such a stretch is a region; values
+enter and leave it by one of these ways:
+
+    tokens   the residual stream, flat [N, D] with N = B L tokens (batch major); each device may hold a share of them
+    whole    [B, T, D], complete on every device (MAC's attention output within a segment)
+    heads    [B, T, H d] of this device's heads, read by a columns layer that needs those of all (MAC's read memory)
+    fixed    learned tokens [P, D], the same on every device
+
+`parallel/` brings the form for many devices; this one is its reference.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Way = Literal["tokens", "whole", "heads", "fixed"]
+Sections = dict[str, int]  # outputs of a columns layer: name -> width over all devices, in order
+
 
 class Parts(Protocol):
-    def column_linear(self, inputs: int, outputs: int, std: float) -> nn.Module: ...
+    def share(self, count: int) -> int:
+        """How many of `count` heads (or units) this device has."""
 
-    def row_linear(self, inputs: int, outputs: int, std: float) -> nn.Module: ...
+    def parameter(self, value: Tensor, dim: int | None) -> nn.Parameter:
+        """A parameter with this device's share of `value` along `dim`; None: all of it."""
 
-    def gates(self, width: int, heads: int, biases: list[float], std: float) -> nn.Module: ...
+    def columns(self, inputs: int, sections: Sections, std: float) -> nn.Module:
+        """(x, way, only) -> {section: [..., its share]}; `only`: neighbouring sections, None: all."""
 
-    def embedding(self, vocabulary: int, width: int, std: float) -> nn.Module: ...
+    def rows(self, inputs: int, outputs: int, std: float) -> nn.Module:
+        """(x, way): [B, L, inputs (share)] -> tokens [N, outputs], or as `way` says [B, L, outputs]."""
 
-    def cross_entropy_sum(self, logits: Tensor, labels: Tensor) -> Tensor: ...
-
-
-def linear(inputs: int, outputs: int, std: float) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs, bias=False)
-    nn.init.normal_(layer.weight, std=std)
-    return layer
-
-
-class Gates(nn.Module):
-    """x [B, L, D] -> pre-activations [B, gates, L, H], one linear map for all of them."""
-
-    def __init__(self, width: int, heads: int, biases: list[float], std: float) -> None:
-        super().__init__()
-        self.count, self.heads = len(biases), heads
-        self.weight = nn.Parameter(torch.randn(len(biases) * heads, width) * std)
-        self.bias = nn.Parameter(torch.tensor(biases).repeat_interleave(heads))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias).unflatten(-1, (self.count, self.heads)).movedim(2, 1)
-
-
-class TokenEmbedding(nn.Module):
-    """Tokens [B, L] -> vectors [B, L, D]; with `as_head`, vectors -> logits [B, L, V] by the same table (tied head).
-
-    Both ways go through this forward, so that the module that owns the table is the one that uses it (ZeRO-3).
-    """
-
-    def __init__(self, vocabulary: int, width: int, std: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(vocabulary, width) * std)
-
-    def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
-        return F.linear(x, self.weight) if as_head else F.embedding(x, self.weight)
-
-
-class SingleProcess:
-    """Everything on one device."""
-
-    def column_linear(self, inputs: int, outputs: int, std: float) -> nn.Module:
-        return linear(inputs, outputs, std)
-
-    def row_linear(self, inputs: int, outputs: int, std: float) -> nn.Module:
-        return linear(inputs, outputs, std)
-
-    def gates(self, width: int, heads: int, biases: list[float], std: float) -> nn.Module:
-        return Gates(width, heads, biases, std)
-
-    def embedding(self, vocabulary: int, width: int, std: float) -> nn.Module:
-        return TokenEmbedding(vocabulary, width, std)
+    def table(self, vocabulary: int, padded: int, width: int, std: float) -> nn.Module:
+        """Tokens [B, L] -> the residual stream [N, D]; with as_head, [N, D] -> logits [N, padded (share)]."""
 
     def cross_entropy_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits [B, L, V], labels [B, L] with -100 ignored -> the sum over tokens, in float32 or better."""
+        """Logits as a table gives them, labels [N] with -100 ignored -> the sum, in float32 or better."""
+
+
+def take(sections: Sections, only: Sequence[str] | None) -> tuple[int, list[str], list[int]]:
+    """First row, names and widths of neighbouring sections."""
+    names = list(sections)
+    wanted = names if only is None else list(only)
+    first = names.index(wanted[0])
+    assert wanted == names[first : first + len(wanted)], f"{wanted} are no neighbours in {names}"
+    return sum(sections[n] for n in names[:first]), wanted, [sections[n] for n in wanted]
+
+
+def named(y: Tensor, names: list[str], widths: list[int]) -> dict[str, Tensor]:
+    return dict(zip(names, y.split(widths, -1), strict=True))
+
+
+class Columns(nn.Module):
+    """One linear map for all that a region needs of its input."""
+
+    def __init__(self, inputs: int, sections: Sections, std: float) -> None:
+        super().__init__()
+        self.sections = sections
+        self.weight = nn.Parameter(torch.randn(sum(sections.values()), inputs) * std)
+
+    def forward(self, x: Tensor, way: Way = "tokens", only: Sequence[str] | None = None) -> dict[str, Tensor]:
+        first, names, widths = take(self.sections, only)
+        return named(F.linear(x, self.weight[first : first + sum(widths)]), names, widths)
+
+
+class Rows(nn.Module):
+    def __init__(self, inputs: int, outputs: int, std: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) * std)
+
+    def forward(self, x: Tensor, way: Way = "tokens") -> Tensor:
+        y = F.linear(x, self.weight)
+        return y.flatten(0, -2) if way == "tokens" else y
+
+
+class Table(nn.Module):
+    """The vocabulary's vectors: input embedding and, with as_head, output logits (one module, so ZeRO-3 sees both).
+
+    Rows from `vocabulary` on are padding; their logits are -inf.
+    """
+
+    def __init__(self, vocabulary: int, padded: int, width: int, std: float) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.weight = nn.Parameter(torch.randn(padded, width) * std)
+
+    def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
+        if not as_head:
+            return F.embedding(x.flatten(), self.weight)
+        logits = F.linear(x, self.weight)
+        logits[:, self.vocabulary :] = -torch.inf
+        return logits
+
+
+class SingleDevice:
+    """Everything on one device."""
+
+    def share(self, count: int) -> int:
+        return count
+
+    def parameter(self, value: Tensor, dim: int | None) -> nn.Parameter:
+        return nn.Parameter(value)
+
+    def columns(self, inputs: int, sections: Sections, std: float) -> nn.Module:
+        return Columns(inputs, sections, std)
+
+    def rows(self, inputs: int, outputs: int, std: float) -> nn.Module:
+        return Rows(inputs, outputs, std)
+
+    def table(self, vocabulary: int, padded: int, width: int, std: float) -> nn.Module:
+        return Table(vocabulary, padded, width, std)
+
+    def cross_entropy_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(wide.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
+        return F.cross_entropy(wide, labels, reduction="sum", ignore_index=-100)

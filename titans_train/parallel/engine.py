@@ -18,7 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from titans_train.parallel.groups import DeepSpeedGroups, tensor_group
 from titans_train.parallel.launch import device
+from titans_train.parallel.mesh import Mesh
+from titans_train.parallel.split import join_over_ranks, split_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -71,7 +74,12 @@ class Engine:
     """A model and its optimiser, sharded. One optimiser step is `accumulation` pairs of backward and step calls."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], log_file: Path | None = None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: dict[str, Any],
+        mesh: Mesh,
+        log_file: Path | None = None,
     ) -> None:
         deepspeed = import_deepspeed(log_file)
         if not deepspeed.comm.is_initialized():
@@ -79,11 +87,12 @@ class Engine:
         self.stage: int = config["zero_optimization"]["stage"]
         self.accumulation: int = config["gradient_accumulation_steps"]
         self.clip: float = config["gradient_clipping"]
-        self.model = model
+        self.model, self.mesh = model, mesh
         self.names = {id(p): n for n, p in model.named_parameters()}
         self._engine, *_ = deepspeed.initialize(
-            model=model.to(device()), optimizer=optimizer, model_parameters=model.parameters(), config=config
-        )
+            model=model.to(device()), optimizer=optimizer, model_parameters=model.parameters(), config=config,
+            mpu=DeepSpeedGroups(mesh) if mesh.tensor * mesh.sequence > 1 else None,
+        )  # fmt: skip
         self._base = optimizer
         self._norm: Tensor | None = None
         self._make_moments()
@@ -95,7 +104,7 @@ class Engine:
 
     def loss_scale(self) -> int:
         """Multiply a loss by this, and the engine's averages add up to a plain sum over all micro-batches."""
-        return dist.get_world_size() * self.accumulation
+        return self.mesh.data * self.mesh.sequence * self.accumulation
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
@@ -107,16 +116,25 @@ class Engine:
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = learning_rate
             if self.stage == 0:  # the engine reports no norm here
-                gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-                self._norm = torch.nn.utils.get_total_norm(gradients)
+                self._norm = self._norm_of_gradients()
         self._engine.step()
+
+    def _norm_of_gradients(self) -> Tensor:
+        """Each parameter counted once: those that tensor-parallel ranks share on the first of them."""
+        mine = [p for p in self.model.parameters() if self.mesh.tensor_rank == 0 or split_of(p) is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in mine if p.grad is not None])
+        if self.mesh.tensor == 1:
+            return norm
+        square = norm.square()
+        dist.all_reduce(square, group=tensor_group(self.mesh))
+        return square.sqrt()
 
     def gradient_norm(self) -> float:
         """Of the last step, before clipping. Waits for the device."""
         norm = self._norm if self.stage == 0 else self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
-    # ---- the whole values by name, whatever the stage. Collective: every rank calls and iterates to the end.
+    # ---- the whole values by name, whatever the layout. Collective: every rank calls and iterates to the end.
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.model.named_parameters()
@@ -128,14 +146,15 @@ class Engine:
         for name, parameter in self._parameters():
             gradient: Tensor | None = parameter.grad if self.stage == 0 else safe_get_full_grad(parameter)
             assert gradient is not None, f"{name} has no gradient"
-            yield name, gradient
+            yield name, join_over_ranks(parameter, gradient, self.mesh)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """fp32 master weights."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in self._parameters():
-            yield name, parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
+            value = parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
+            yield name, join_over_ranks(parameter, value, self.mesh)
 
     def moments(self, key: str) -> Iterator[tuple[str, Tensor]]:
         """Adam's `exp_avg` or `exp_avg_sq`; zeros before the first step."""
@@ -143,23 +162,28 @@ class Engine:
 
         for name, parameter in self._parameters():
             if self.stage == 0:
-                yield name, self._base.state[parameter][key]
+                value = self._base.state[parameter][key]
             else:
-                yield name, safe_get_full_optimizer_state(parameter, key)
+                value = safe_get_full_optimizer_state(parameter, key)
+            yield name, join_over_ranks(parameter, value, self.mesh)
 
     def load(self, values: dict[str, dict[str, Tensor]], optimizer_step: int) -> None:
         """Sets parameters, exp_avg and exp_avg_sq ({kind: {name: tensor}}) and Adam's step count."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        def own(parameter: Tensor, whole: Tensor) -> Tensor:
+            split = split_of(parameter)
+            return (whole if split is None else split.share(whole, self.mesh.tensor_rank)).to(device())
+
         with torch.no_grad():
             for name, parameter in self._parameters():
-                value = values["parameters"][name].to(device())
+                value = own(parameter, values["parameters"][name])
                 if self.stage:
                     safe_set_full_fp32_param(parameter, value)
                 with self.gathered(parameter):  # the copy that the forward uses
                     parameter.copy_(value)
                 for key in MOMENTS:
-                    moment = values[key][name].to(device())
+                    moment = own(parameter, values[key][name])
                     if self.stage == 0:
                         self._base.state[parameter][key].copy_(moment)
                     else:

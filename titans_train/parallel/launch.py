@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titans_train.errors import UserError
+from titans_train.parallel.groups import data_group, leave_groups, make_groups
 from titans_train.parallel.mesh import Mesh
 
 T = TypeVar("T")
@@ -28,7 +29,10 @@ def device() -> torch.device:
 
 @contextmanager
 def process_group(tensor: int = 1, sequence: int = 1) -> Iterator[Mesh]:
-    """Joins the group that torchrun describes in the environment, or a group of one; leaves it at the end."""
+    """Joins the group that torchrun describes in the environment, or a group of one; leaves it at the end.
+
+    ValueError if the processes do not form the mesh.
+    """
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
@@ -38,9 +42,21 @@ def process_group(tensor: int = 1, sequence: int = 1) -> Iterator[Mesh]:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     try:
-        yield Mesh(dist.get_rank(), dist.get_world_size(), tensor, sequence)
+        with mesh_of(tensor, sequence) as mesh:
+            yield mesh
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def mesh_of(tensor: int = 1, sequence: int = 1) -> Iterator[Mesh]:
+    """The processes that have joined as a mesh, with its groups. Collective."""
+    mesh = Mesh(dist.get_rank(), dist.get_world_size(), tensor, sequence)
+    make_groups(mesh)
+    try:
+        yield mesh
+    finally:
+        leave_groups(mesh)
 
 
 def gather(value: T) -> list[T]:
@@ -68,7 +84,13 @@ def agree(check: Callable[[], T], on: Mesh, first_only: bool = False) -> T:
     return outcomes[0][1] if first_only else result  # type: ignore[return-value]
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum over all ranks, in place; no host synchronisation."""
-    dist.all_reduce(values)
+def sum_over_data(values: Tensor, mesh: Mesh) -> Tensor:
+    """Sum over the ranks that see different tokens, in place; no host synchronisation."""
+    dist.all_reduce(values, group=data_group(mesh))
     return values
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Mean over all ranks, in place."""
+    dist.all_reduce(values)
+    return values.div_(dist.get_world_size())

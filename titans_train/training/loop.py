@@ -17,8 +17,9 @@ from titans_train.monitoring.console import Console
 from titans_train.monitoring.metrics import Metrics
 from titans_train.monitoring.plot import plot_loss
 from titans_train.monitoring.throughput import measured_peak_flops, peak_memory_bytes
-from titans_train.parallel import Engine, Mesh, agree, process_group
+from titans_train.parallel import Engine, Mesh, agree, make_parts, mean_over_ranks, process_group
 from titans_train.parallel.engine import zero_config
+from titans_train.parallel.tensor import sum_shared_gradients
 from titans_train.plan import Plan
 from titans_train.training import checkpoint, run_folder
 from titans_train.training.checkpoint import Progress
@@ -29,11 +30,14 @@ from titans_train.training.validation import validate
 Dataset = TokenDataset | RecallDataset
 
 
-def build_engine(plan: Plan) -> Engine:
+def build_engine(plan: Plan, mesh: Mesh) -> Engine:
     """Model and optimiser from the plan: the same initial weights on every layout."""
     config = plan.config
     checkpoint.set_seed(config.run.seed)
-    model = LanguageModel(plan.shape)
+    sequence_parallel = config.parallel.sequence_parallel
+    model = LanguageModel(plan.shape, make_parts(mesh, sequence_parallel))
+    if sequence_parallel:
+        sum_shared_gradients(model, mesh)
     model.activation_checkpointing = config.training.activation_checkpointing
     settings = zero_config(
         stage=config.parallel.zero_stage,
@@ -44,7 +48,7 @@ def build_engine(plan: Plan) -> Engine:
         width=plan.shape.width,
         numel=plan.parameter_count,
     )
-    return Engine(model, make_optimizer(model, config), settings, plan.run_directory / "libraries.log")
+    return Engine(model, make_optimizer(model, config), settings, mesh, plan.run_directory / "libraries.log")
 
 
 def train(plan: Plan, stop_after: int | None = None) -> dict[str, Any]:
@@ -62,7 +66,7 @@ def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str,
     data = agree(lambda: open_dataset(plan.config, "train", alignment), mesh)
     held_out = agree(lambda: open_dataset(plan.config, "validation", alignment), mesh)
     agree(lambda: run_folder.write(plan), mesh, first_only=True)
-    engine = build_engine(plan)
+    engine = build_engine(plan, mesh)
     progress = checkpoint.resume(engine, plan, data.fingerprint, mesh)
     run = Run(plan, mesh, engine, data, held_out, progress)
     try:
@@ -70,6 +74,21 @@ def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str,
     finally:
         if run.metrics is not None:
             run.metrics.close()
+
+
+def layer_figures(records: dict[int, dict[str, torch.Tensor]]) -> dict[str, dict[str, float]]:
+    """Means over all ranks (their heads and sequences; each has as many) of what the memory layers recorded.
+
+    Collective.
+    """
+    names = [(n, key) for n, values in records.items() for key in values]
+    if not names:
+        return {}
+    means = mean_over_ranks(torch.stack([records[n][key].double() for n, key in names])).tolist()
+    figures: dict[str, dict[str, float]] = {}
+    for (n, key), mean in zip(names, means, strict=True):
+        figures.setdefault(f"layer_{n}", {})[key] = mean
+    return figures
 
 
 @dataclass
@@ -155,7 +174,7 @@ class Run:
             "mfu": speed * self.plan.flops_per_token / (self.peak_flops * self.plan.world_size),
             "peak_memory_bytes": peak_memory_bytes(),
         }  # fmt: skip
-        figures |= {f"layer_{n}": {k: float(v) for k, v in values.items()} for n, values in records.items()}
+        figures |= layer_figures(records)
         if self.metrics is not None:
             self.metrics.write(self.progress.step, figures)
         self.console.progress(self.progress.step, loss, norm, rate, speed)

@@ -16,7 +16,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     Not for norms, biases and convolutions (vectors, or taps near the identity), nor for what a document starts from
     (initial memory weights, persistent tokens): decaying those would pull the start of every document to zero.
     """
-    kept_whole = ("_conv.", "initial.", "persistent.", ".norm.value_", "norm.scale", "gating.")
+    kept_whole = ("_conv.", "initial.", "persistent.", ".norm.value_", "norm.scale", "gating.", "_bias.")
     return parameter.ndim >= 2 and not any(part in name for part in kept_whole)
 
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from titans_train.data import Batch
 from titans_train.data.sample import IGNORE
-from titans_train.parallel import Engine, sum_over_ranks
+from titans_train.parallel import Engine, Mesh, sum_over_data
 from titans_train.parallel.launch import device
 
 
 @dataclass(frozen=True)
 class StepResult:
-    loss_sum: Tensor  # [2] float64 on the device, over all ranks: sum of token losses, number of valid tokens
+    loss_sum: Tensor  # [2] float64 on the device, over the global batch: sum of token losses, number of valid tokens
 
     def loss(self) -> float:
         """Mean over valid tokens. Waits for the device."""
@@ -35,10 +35,10 @@ def to_device(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     return batch.tokens.to(where, non_blocking=True), batch.labels.to(where, non_blocking=True), starts
 
 
-def valid_tokens(batches: list[Batch]) -> Tensor:
-    """Over all ranks: a 0-d float64 tensor on the device."""
+def valid_tokens(batches: list[Batch], mesh: Mesh) -> Tensor:
+    """Of the global batch: a 0-d float64 tensor on the device."""
     count = sum(int((b.labels != IGNORE).sum()) for b in batches)
-    return sum_over_ranks(torch.tensor(float(count), dtype=torch.float64, device=device()))
+    return sum_over_data(torch.tensor(float(count), dtype=torch.float64, device=device()), mesh)
 
 
 def train_step(
@@ -48,7 +48,7 @@ def train_step(
 
     before_update: called when the whole gradient is there, before clipping (parity checks read it).
     """
-    valid = valid_tokens(batches)
+    valid = valid_tokens(batches, engine.mesh)
     scale = (engine.loss_scale() / valid.clamp_min(1)).float()
     total = torch.zeros((), dtype=torch.float64, device=device())
     waves = [[batch] for batch in batches]
@@ -60,7 +60,7 @@ def train_step(
             before_update()
         engine.step(learning_rate)
         total += loss_sum.detach()
-    return StepResult(torch.stack([sum_over_ranks(total), valid]))
+    return StepResult(torch.stack([sum_over_data(total, engine.mesh), valid]))
 
 
 def forward(engine: Engine, batch: Batch) -> Tensor:

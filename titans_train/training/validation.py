@@ -8,7 +8,7 @@ import torch
 
 from titans_train.data import Batch, RecallDataset, TokenDataset
 from titans_train.data.sample import IGNORE
-from titans_train.parallel import Engine, Mesh, sum_over_ranks
+from titans_train.parallel import Engine, Mesh, sum_over_data
 from titans_train.parallel.launch import device
 from titans_train.training.step import forward
 
@@ -32,7 +32,7 @@ def validate(
             totals[0] += forward(engine, batch).double()
             totals[1] += int((batch.labels != IGNORE).sum())
     engine.model.train()
-    loss_sum, tokens = sum_over_ranks(totals).tolist()
+    loss_sum, tokens = sum_over_data(totals, mesh).tolist()
     loss = loss_sum / max(tokens, 1)
     figures = {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700)), "validation_tokens": tokens}
     if dataset.bytes_per_token:

@@ -1,0 +1,90 @@
+"""The process groups: megatron-core's where a model is split, else the world. And what DeepSpeed asks about them.
+
+Relied on, and held by tests/parallel/test_contracts.py: parallel_state orders ranks tensor, then context (our sequence
+shards), then data; its data-parallel group "with context parallel" is every rank that shares this rank's weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from titans_train.parallel.mesh import Mesh
+
+
+def make_groups(mesh: Mesh) -> None:
+    """Collective. megatron-core is imported only where a model is split: it takes seconds."""
+    if mesh.tensor * mesh.sequence == 1:
+        return
+    if not torch.cuda.is_available():  # megatron-core 0.16 asks for it where it makes buffers
+        torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    state = _state()
+    state.initialize_model_parallel(
+        tensor_model_parallel_size=mesh.tensor, context_parallel_size=mesh.sequence, create_gloo_process_groups=False
+    )
+
+
+def leave_groups(mesh: Mesh) -> None:
+    if mesh.tensor * mesh.sequence > 1:
+        state = _state()
+        state.destroy_model_parallel()
+
+
+def tensor_group(mesh: Mesh) -> dist.ProcessGroup:
+    """The ranks that hold the shares of this rank's weights."""
+    assert mesh.tensor > 1
+    return _state().get_tensor_model_parallel_group()  # type: ignore[no-any-return]
+
+
+def data_group(mesh: Mesh) -> dist.ProcessGroup:
+    """The ranks with the same weights and other tokens: data-parallel ranks and sequence shards."""
+    if mesh.tensor * mesh.sequence == 1:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    return _state().get_data_parallel_group(with_context_parallel=True)  # type: ignore[no-any-return]
+
+
+def _state() -> Any:
+    from megatron.core import parallel_state
+
+    return parallel_state
+
+
+class DeepSpeedGroups:
+    """The `mpu` that deepspeed.initialize takes: ZeRO shards and averages over data ranks and sequence shards."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return tensor_group(self.mesh)
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.tensor
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.tensor_rank
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return self.mesh.rank - self.mesh.tensor_rank
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return data_group(self.mesh)
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(data_group(self.mesh))
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(data_group(self.mesh))
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(data_group(self.mesh))

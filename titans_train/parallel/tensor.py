@@ -1,0 +1,76 @@
+"""models/parts.py for tensor-parallel ranks. (megatron_layers.py has the layers.)
+
+With sequence parallelism a parameter that all ranks share (norms of the residual stream, persistent tokens) has a
+partial gradient on each: `sum_shared_gradients` completes it, before ZeRO sees it. Without, it is complete everywhere.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from titans_train.models.parts import Parts, SingleDevice
+from titans_train.parallel.groups import tensor_group
+from titans_train.parallel.mesh import Mesh
+from titans_train.parallel.split import Split, cut_parameter, split_of
+
+if TYPE_CHECKING:
+    from titans_train.models.parts import Sections
+
+
+def make_parts(mesh: Mesh, sequence_parallel: bool) -> Parts:
+    """The building blocks of a model on this mesh."""
+    return SingleDevice() if mesh.tensor == 1 else TensorParallel(mesh, sequence_parallel)
+
+
+def sum_shared_gradients(model: nn.Module, mesh: Mesh) -> None:
+    """Completes the gradients of parameters that all tensor-parallel ranks share, as backward makes them."""
+    ranks = tensor_group(mesh)
+
+    def complete(gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=ranks)
+        return gradient
+
+    for parameter in model.parameters():
+        if split_of(parameter) is None:
+            parameter.register_hook(complete)
+
+
+class TensorParallel:
+    def __init__(self, mesh: Mesh, sequence_parallel: bool) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that Transformer Engine and Apex are not installed
+            from titans_train.parallel import megatron_layers
+
+        self.layers = megatron_layers
+        self.size, self.rank = mesh.tensor, mesh.tensor_rank
+        self.options: dict[str, Any] = {"ranks": tensor_group(mesh), "sequence_parallel": sequence_parallel}
+
+    def share(self, count: int) -> int:
+        return count // self.size
+
+    def cut(self, whole: Tensor, dim: int, sections: Sequence[int] = ()) -> nn.Parameter:
+        return cut_parameter(whole, Split(dim, self.size, tuple(sections)), self.rank)
+
+    def parameter(self, value: Tensor, dim: int | None) -> nn.Parameter:
+        return nn.Parameter(value) if dim is None else self.cut(value, dim)
+
+    def columns(self, inputs: int, sections: Sections, std: float) -> nn.Module:
+        whole = torch.randn(sum(sections.values()), inputs) * std
+        shares = {name: width // self.size for name, width in sections.items()}
+        return self.layers.Columns(self.cut(whole, 0, list(sections.values())), shares, **self.options)
+
+    def rows(self, inputs: int, outputs: int, std: float) -> nn.Module:
+        return self.layers.Rows(self.cut(torch.randn(outputs, inputs) * std, 1), **self.options)
+
+    def table(self, vocabulary: int, padded: int, width: int, std: float) -> nn.Module:
+        return self.layers.Table(self.cut(torch.randn(padded, width) * std, 0), vocabulary, **self.options)
+
+    def cross_entropy_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.layers.cross_entropy_sum(logits, labels)
