@@ -21,7 +21,7 @@ USAGE = """usage: python -m titans_train <verb> ...
 
   check     CONFIG.yaml [key.path=value ...] [--world N]    is this config right? every problem at once
   plan      CONFIG.yaml [key.path=value ...] [--world N] [--json]    parameters, FLOPs, memory, disk
-  train     CONFIG.yaml [key.path=value ...]    under torchrun, or alone; resumes by itself
+  train     CONFIG.yaml [key.path=value ...] [--world N]    under torchrun, or alone; resumes by itself
   evaluate  -h    loss, perplexity and bits per byte of a checkpoint
   generate  -h    text from a checkpoint
   benchmark -h    speed and memory, beside peers
@@ -57,8 +57,14 @@ def plan(args: Sequence[str]) -> None:
 
 
 def train(args: Sequence[str]) -> object:
-    options = _parser("train").parse_intermixed_args(list(args))
+    parser = _parser("train")
+    parser.add_argument("--world", type=int, metavar="N", help="refuse any other number of processes (default: any)")
+    options = parser.parse_intermixed_args(list(args))
     world_size = _world_size()
+    if options.world not in (None, world_size):
+        message = f"{options.world} processes were asked for, but {world_size} started (WORLD_SIZE={world_size})"
+        remedy = f"start {options.world} (torchrun: --nnodes times --nproc-per-node), or say --world {world_size}"
+        raise ConfigError([Problem("--world", message, remedy)], "the start")
     run_plan = make_plan(load_config(options.config, options.overrides, world_size), world_size)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")

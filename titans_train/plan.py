@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from titans_train import plan_counts as counts
+from titans_train import plan_memory as memory
+from titans_train import plan_messages as messages
 from titans_train.config import ConfigError, RunConfig, check_config
 from titans_train.config.checks import feed_forward_width, padded_vocabulary
+from titans_train.plan_memory import Placement, ZeroSizes
+from titans_train.plan_messages import Load, Messages
 from titans_train.shape import AttentionShape, MemoryShape, ModelShape
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -36,6 +40,9 @@ class Plan:
     flops_by_part: dict[str, float]  # per token, forward and backward, no recomputation
     memory_bytes: dict[str, int]  # per rank, by part and "total", for the ZeRO stage in use
     memory_by_stage: dict[int, dict[str, int]]  # the same for every ZeRO stage
+    zero: ZeroSizes  # what DeepSpeed is told
+    load: Load  # what a micro-batch brings to the tensor-parallel ranks
+    messages: dict[str, Messages]  # between ranks: per layer and micro-batch, and per step
     checkpoint_bytes: int
 
     @property
@@ -63,6 +70,7 @@ class Plan:
             "flops_per_token": {**self.flops_by_part, "total": self.flops_per_token},
             "memory_bytes_per_rank": self.memory_bytes,
             "memory_bytes_by_zero_stage": {str(stage): dict(b) for stage, b in self.memory_by_stage.items()},
+            "messages": {part: {"count": dict(m.count), "bytes": dict(m.bytes)} for part, m in self.messages.items()},
             "checkpoint_bytes": self.checkpoint_bytes,
         }
 
@@ -73,6 +81,8 @@ class Plan:
     def describe(self) -> str:
         """The plan for people."""
         sections = [self._describe_run(), self._describe_parameters(), self._describe_flops(), self._describe_memory()]
+        if self.world_size > 1:
+            sections.insert(1, self._describe_layout())
         return "\n\n".join("\n".join(lines) for lines in sections)
 
     def _describe_run(self) -> list[str]:
@@ -104,6 +114,30 @@ class Plan:
             f"training    {t.steps:,} steps, {self.warmup_steps:,} of warm-up: {self.total_tokens:,} tokens",
             f"checkpoint  {human_bytes(disk)} each, {together}",
         ]
+
+    def _describe_layout(self) -> list[str]:
+        """Which ranks hold what, and what they send each other."""
+        s, p = self.shape, self.config.parallel
+        heads, units, rows = (n // p.tensor for n in (s.heads, s.feed_forward, s.padded_vocabulary))
+        lines = ["layout"]
+        if p.tensor > 1:
+            stream = "a share of the tokens" if p.sequence_parallel else "all tokens"
+            models = [_ranks(i * p.tensor, 1, p.tensor) for i in range(self.data_parallel)]
+            lines += [
+                f"  one model on ranks {_first_of(models)}",
+                f"  the i-th of these: heads {heads}i to {heads}i + {heads - 1}, {units} feed-forward units, "
+                f"{rows} rows of the vocabulary's table; {stream} of the residual stream",
+            ]
+        stride = p.tensor * p.sequence
+        replicas = [_ranks(i, stride, self.data_parallel) for i in range(stride)]
+        lines.append(f"  same weights, other sequences: ranks {_first_of(replicas)}")
+        for part, m in self.messages.items():
+            if m.count:
+                lines.append(f"  {part:<44}{m}, {human_bytes(m.total_bytes)}")
+        lines.append(
+            "  (bytes of whole tensors; in a ring of n ranks each sends (n-1)/n of them, twice for an all-reduce)"
+        )
+        return lines
 
     def _describe_parameters(self) -> list[str]:
         total = self.parameter_count
@@ -196,15 +230,18 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> Plan:
     data_parallel = world_size // (config.parallel.tensor * config.parallel.sequence)
     parameters = counts.parameters(shape)
     count = sum(parameters.values())
-    by_stage = {stage: _memory(config, shape, count, stage, data_parallel) for stage in counts.ZERO_STAGES}
+    accumulation = t.global_batch_size // (data_parallel * t.micro_batch_size)
+    placement = _placement(config, data_parallel, accumulation)
+    by_stage = {stage: memory.memory(shape, placement, stage) for stage in memory.ZERO_STAGES}
     tokens_per_step = t.global_batch_size * t.sequence_length
+    load = Load(t.micro_batch_size, t.sequence_length, ITEM_BYTES[config.run.dtype], config.parallel.sequence_parallel)
     return Plan(
         config=config,
         shape=shape,
         run_directory=Path(config.run.folder) / config.run.name,
         world_size=world_size,
         data_parallel=data_parallel,
-        accumulation=t.global_batch_size // (data_parallel * t.micro_batch_size),
+        accumulation=accumulation,
         tokens_per_step=tokens_per_step,
         total_tokens=t.steps * tokens_per_step,
         warmup_steps=config.optimizer.warmup_steps,
@@ -212,19 +249,48 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> Plan:
         flops_by_part=counts.flops_per_token(shape, t.sequence_length),
         memory_bytes=by_stage[config.parallel.zero_stage],
         memory_by_stage=by_stage,
-        checkpoint_bytes=counts.checkpoint_bytes(count),
+        zero=memory.zero_sizes(shape, config.parallel.tensor, config.parallel.zero_stage),
+        load=load,
+        messages=_messages(config, shape, load, accumulation, data_parallel),
+        checkpoint_bytes=memory.checkpoint_bytes(count),
     )
 
 
-def _memory(config: RunConfig, shape: ModelShape, count: int, stage: int, ranks: int) -> dict[str, int]:
-    t, item = config.training, ITEM_BYTES[config.run.dtype]
-    parts = counts.zero_bytes(count, stage, ranks, item)
-    tokens = t.micro_batch_size * t.sequence_length
-    parts["activations"] = counts.activation_bytes(shape, tokens, item, t.activation_checkpointing)
-    parts["scan_states"] = counts.scan_state_bytes(
-        shape, t.sequence_length, t.micro_batch_size, t.activation_checkpointing
-    )
-    return {**parts, "total": sum(parts.values())}
+def _placement(config: RunConfig, replicas: int, accumulation: int) -> Placement:
+    t, p = config.training, config.parallel
+    return Placement(
+        tensor=p.tensor, replicas=replicas * p.sequence, sequence_parallel=p.sequence_parallel,
+        item=ITEM_BYTES[config.run.dtype], sequences=t.micro_batch_size, length=t.sequence_length,
+        accumulation=accumulation, checkpointing=t.activation_checkpointing,
+    )  # fmt: skip
+
+
+def _messages(
+    config: RunConfig, shape: ModelShape, load: Load, accumulation: int, replicas: int
+) -> dict[str, Messages]:
+    p, found = config.parallel, {}
+    if p.tensor > 1:
+        one = messages.layer(shape, load)
+        checkpointing = config.training.activation_checkpointing
+        parts = ["forward", "backward", *(["recomputed"] if checkpointing else [])]
+        found = {f"a layer's {part}, each micro-batch": one[part] for part in parts}
+        found["a layer's shared parameters' gradients"] = one["shared"]
+        found["tensor-parallel ranks, each step"] = messages.step(shape, load, accumulation, checkpointing)
+    if replicas > 1:
+        size = counts.parameters_per_rank(shape, p.tensor) * load.item
+        found[f"ZeRO {p.zero_stage}, each step, in buckets"] = messages.zero(size, p.zero_stage, accumulation)
+    return found
+
+
+def _first_of(items: list[str]) -> str:
+    return ", ".join(items[:4]) + (", ..." if len(items) > 4 else "")
+
+
+def _ranks(first: int, stride: int, count: int) -> str:
+    """'0 1 2 3'; of many only the ends"""
+    all_of = [first + stride * i for i in range(count)]
+    shown = all_of if count <= 4 else [*all_of[:2], "..", all_of[-1]]
+    return "[" + " ".join(map(str, shown)) + "]"
 
 
 def human_bytes(n: int) -> str:

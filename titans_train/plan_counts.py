@@ -1,7 +1,7 @@
-"""Counting formulas: parameters, FLOPs, bytes. Pure functions of a model shape; each states what it counts.
+"""Counting formulas: parameters and FLOPs. Pure functions of a model shape; each states what it counts.
 
 Legend: D width, H heads, d = D/H, V vocabulary, F feed-forward width, P persistent tokens, K convolution taps,
-b chunk, h memory hidden width, L sequence length, N parameters, R data-parallel ranks.
+b chunk, h memory hidden width, L sequence length.
 """
 
 from __future__ import annotations
@@ -9,10 +9,6 @@ from __future__ import annotations
 from itertools import pairwise
 
 from titans_train.shape import MemoryShape, ModelShape
-
-FLOAT32 = 4  # bytes
-ZERO_STAGES = (0, 1, 2, 3)
-
 
 # -- parameters -------------------------------------------------------------------------------------------------
 
@@ -68,6 +64,18 @@ def parameters(shape: ModelShape) -> dict[str, int]:
     blocks["norms"] += shape.width  # the last norm
     table = shape.padded_vocabulary * shape.width
     return {"embedding": table, **blocks, "head": 0 if shape.tied_head else table}
+
+
+def shared_parameters(shape: ModelShape) -> int:
+    """Those that every tensor-parallel rank holds whole: norms of the residual stream, and persistent tokens."""
+    one = block_parameters(shape)
+    norms = {"mal": 3}.get(shape.block, 2) * shape.width
+    return shape.layers * (one["persistent"] + norms) + shape.width
+
+
+def parameters_per_rank(shape: ModelShape, tensor: int) -> int:
+    whole, shared = sum(parameters(shape).values()), shared_parameters(shape)
+    return shared + (whole - shared) // tensor
 
 
 # -- FLOPs per token --------------------------------------------------------------------------------------------
@@ -135,71 +143,3 @@ def flops_per_token(shape: ModelShape, length: int) -> dict[str, float]:
         "feed_forward": float(layers * 6 * per_block["feed_forward"]),
         "head": float(6 * width * shape.padded_vocabulary),
     }
-
-
-# -- bytes ------------------------------------------------------------------------------------------------------
-
-
-def zero_bytes(count: int, stage: int, ranks: int, item: int) -> dict[str, int]:
-    """Bytes per rank of N = `count` parameters stored with `item` bytes each, AdamW, for a ZeRO stage over R ranks.
-
-    Stage 1 splits moments and float32 master weights, 2 also the gradients, 3 also the parameters. Master weights
-    exist for bfloat16, and in DeepSpeed's stages 1 and 2 for float32 as well (its flat copy of the partition).
-    A stage's communication buffers are not counted.
-    """
-    part = -(-count // ranks)
-    moments = 2 * FLOAT32 * (part if stage >= 1 else count)
-    master = FLOAT32 * (part if stage >= 1 else count) if item < FLOAT32 or stage in (1, 2) else 0
-    return {
-        "parameters": item * (part if stage >= 3 else count),
-        "gradients": item * (part if stage >= 2 else count),
-        "master_weights": master,
-        "optimizer": moments,
-    }
-
-
-def activation_bytes(shape: ModelShape, tokens: int, item: int, checkpointing: bool) -> int:
-    """An estimate of what autograd keeps for `tokens` tokens of a micro-batch; the scan's states are apart.
-
-    Per token and block, in numbers of width D (counted from the tensors that the layers save):
-    attention 8 D (normalised input, q, k, v, rotated q and k, output, input of the projection), 4 D more for the
-    overlapping blocks of a window, 28 D more for MAC's read and its joined keys;
-    memory 16 D and 5 float32 copies of width D for the scan; combination 6 D;
-    feed-forward 2 D + 4 F. Logits: V in the model's dtype and twice in float32 (loss and its gradient).
-    With checkpointing: every block's input, and one block's tensors at a time.
-    """
-    width, block = shape.width, shape.block
-    numbers = 2 * width + 4 * shape.feed_forward
-    if shape.has_attention:
-        numbers += 8 * width
-        if block == "mac":
-            numbers += 28 * width  # the read and its norms; keys and values of both, joined segment by segment
-        elif shape.attention.window is not None:
-            numbers += 4 * width
-    per_block = item * numbers
-    if shape.has_memory:
-        per_block += item * (16 + 6) * width + FLOAT32 * 5 * width
-    head = shape.padded_vocabulary * (item + 2 * FLOAT32)
-    if checkpointing:
-        return tokens * (shape.layers * width * item + per_block + head)
-    return tokens * (shape.layers * per_block + head)
-
-
-def scan_state_bytes(shape: ModelShape, length: int, sequences: int, checkpointing: bool) -> int:
-    """Memory states (weights, and momentum if any, float32) that the scans keep for their backward.
-
-    Every `store_every`-th chunk's state in each layer (one layer at a time with checkpointing), and while one layer's
-    backward runs, the states of the segment that it recomputes.
-    """
-    if shape.memory is None:
-        return 0
-    m = shape.memory
-    state = fast_weights(shape) * (2 if m.momentum else 1) * FLOAT32 * sequences
-    chunks = -(-length // m.chunk_size)
-    kept = -(-chunks // m.store_every)
-    return state * (kept * (1 if checkpointing else shape.layers) + min(m.store_every, chunks))
-
-
-def checkpoint_bytes(count: int) -> int:
-    """Float32 weights and AdamW's two moments."""
-    return 3 * FLOAT32 * count

@@ -15,7 +15,8 @@ MEMORY = MemoryShape(
 )  # fmt: skip
 ATTENTION = AttentionShape(window=6, segment=8, persistent_tokens=3, rope_base=10000.0)
 SHAPE = ModelShape(
-    block="mag", layers=2, width=16, heads=2, head_dim=8, vocabulary=29, padded_vocabulary=32, feed_forward=24, tied_head=True,
+    block="mag", layers=2, width=16, heads=2, head_dim=8, vocabulary=29, padded_vocabulary=32,
+    feed_forward=24, tied_head=True,
     norm_eps=1e-5, initializer_std=0.2, memory=MEMORY, attention=ATTENTION,
 )  # fmt: skip
 

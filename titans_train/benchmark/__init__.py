@@ -9,7 +9,8 @@ import importlib
 
 NAMES = {
     "memory": "the memory's speed and peak memory beside titans-pytorch, autograd and a Transformer++ block",
-    "parity": "gradients and parameters under ZeRO and several ranks against one process",
+    "layouts": "collectives and peak memory of each layout beside the plan",
+    "parity": "gradients and parameters under tensor, sequence and data parallelism and ZeRO against one process",
     "recall": "associative recall with the memory on and off, as curves in one picture",
     "stability": "every block for 300 steps with a row of equal tokens",
 }

@@ -1,10 +1,11 @@
 """`benchmark parity`: training on many processes against plain autograd in one.
 
 Every block x layout (tensor x data, with and without sequence parallelism) x ZeRO stage, fp32, real gloo processes:
-each parameter's gradient by name before clipping, the gradient norm, and the parameters after three AdamW steps
-without warm-up. Two micro-batches per step, numbers of valid tokens unequal between ranks and micro-batches. In bf16
-the same gradients against fp32, beside those of one process in bf16. In float64 the model alone, without an engine
-(DeepSpeed's master weights and Megatron's cross-entropy are float32): gradients of a weighted sum of the logits.
+each parameter's gradient by name before clipping (at equal parameters; and at the two later steps), the gradient
+norm, and the parameters after three AdamW steps without warm-up. Two micro-batches per step, numbers of valid tokens
+unequal between ranks and micro-batches. In bf16 the same gradients against fp32, beside those of one process in bf16.
+In float64 the model alone, without an engine (DeepSpeed's master weights and Megatron's cross-entropy are float32):
+gradients of a weighted sum of the logits.
 """
 
 from __future__ import annotations
@@ -54,20 +55,22 @@ def run(
             fitting = [asdict(layout) for layout in layouts if layout.ranks == ranks]
             kinds = ["float32"] if kinds is None else kinds
             job.write_text(json.dumps({"blocks": blocks, "layouts": fitting, "stages": stages, "kinds": kinds}))
-            _start(ranks, job)
+            start(ranks, job, "parity")
             rows += json.loads(job.read_text())
     return rows
 
 
-def _start(ranks: int, job: Path) -> None:
+def start(ranks: int, job: Path, name: str) -> None:
+    """Runs the worker of a benchmark on `ranks` processes. RuntimeError with what they wrote, if one fails."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-        "-m", "titans_train", "benchmark", "parity", "--worker", str(job),
+        "-m", "titans_train", "benchmark", name, "--worker", str(job),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"parity on {ranks} ranks failed:\n{done.stdout[-2000:]}\n{done.stderr[-9000:]}")
+        own = [line for line in done.stderr.splitlines() if line.startswith("[rank0]")] or done.stderr.splitlines()
+        raise RuntimeError(f"{name} on {ranks} ranks failed:\n" + "\n".join([done.stdout[-2000:], *own[-30:]]))
 
 
 def failures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -84,8 +87,9 @@ def failures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; the largest errors over the ZeRO stages of a layout."""
-    lines = ["| block | tensor x data | sequence parallel | ZeRO | gradient | norm | parameters | bf16 | float64 |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| block | tensor x data | sequence parallel | ZeRO | gradient | later | norm | parameters | bf16 | "
+             "float64 |",
+             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     layouts = {(r["block"], r["tensor"], r["data"], r["sequence_parallel"]): None for r in rows}
     for block, tensor, data, shared in layouts:
         here = [r for r in rows if (r["block"], r["tensor"], r["data"], r["sequence_parallel"])
@@ -96,7 +100,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             return f"{max(values):.1e}" if values else ""
 
         stages = ", ".join(str(r["zero"]) for r in here if r["kind"] == "float32")
-        figures = [worst("float32", key) for key in ("gradient", "norm", "parameter")]
+        figures = [worst("float32", key) for key in ("gradient", "later", "norm", "parameter")]
         figures += [worst("bfloat16", "gradient"), worst("float64", "gradient")]
         lines.append(
             f"| {block} | {tensor} x {data} | {'yes' if shared else 'no'} | {stages} | {' | '.join(figures)} |"

@@ -4,8 +4,9 @@
     y = Attn([P | h | x_s]), rows of x_s    row i sees h_j and x_j only for j <= i
     o = y (x) M(y)                          y is written into the memory, and read back causally
 
-One columns layer serves x (all of a segment's sequence at once), h and y, by different sections of it. Shapes: B batch,
-T tokens of (a piece of) a segment, H heads of this device, d head width, D width, N = B L tokens of the residual stream.
+One columns layer serves x (the whole sequence at once), h and y, by different sections of it. Shapes: B batch, T
+tokens of (a piece of) a segment, H heads of this device, d head width, D width, N = B L tokens of the residual
+stream.
 """
 
 from __future__ import annotations
@@ -108,7 +109,10 @@ class MACBlock(Block):
         starts: Tensor | None,
         initial: MemoryState | None,
     ) -> tuple[Tensor, MACState]:
-        """given: of x, [B, T, H d], all within one segment. Gives o [B, T, H d], not yet projected. Document starts are possible at the segment's first token only."""
+        """given: of x, [B, T, H d], all within one segment -> o [B, T, H d], not yet projected.
+
+        Document starts are possible at the segment's first token only.
+        """
         if starts is not None:
             inside = starts if state.position else starts[:, 1:]
             if inside.device.type == "cpu" and bool(inside.any()):

@@ -68,7 +68,8 @@ class Columns(nn.Module):
 
     def forward(self, x: Tensor, way: Way = "tokens", only: Sequence[str] | None = None) -> dict[str, Tensor]:
         first, names, widths = take(self.sections, only)
-        return named(F.linear(x, self.weight[first : first + sum(widths)]), names, widths)
+        weight = self.weight if only is None else self.weight[first : first + sum(widths)]
+        return named(F.linear(x, weight), names, widths)
 
 
 class Rows(nn.Module):

@@ -1,4 +1,4 @@
-"""The only place that knows ranks and groups: the mesh, the process groups, the adapters to DeepSpeed and megatron-core.
+"""The only place that knows ranks and groups: mesh, groups, the adapters to DeepSpeed and megatron-core.
 
 Models and memory never import from here; training does, through `Mesh`, `process_group`, `agree` and `Engine`.
 """

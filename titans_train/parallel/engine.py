@@ -53,12 +53,21 @@ def zero_config(
     accumulation: int,
     gradient_clip: float,
     width: int,
-    numel: int,
+    bucket: int,
+    live: int,
 ) -> dict[str, Any]:
-    """One reduction of all gradients where the stage allows; in stage 3 vectors stay whole, matrices do not."""
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": max(numel, 1)}
+    """bucket: gradients that are reduced at once; live: parameters that stage 3 holds whole at once; numbers of them.
+
+    In stage 3 vectors stay whole; matrices are dropped after use, also between forward and backward.
+    """
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": bucket}
     if stage == 3:
-        zero |= {"stage3_param_persistence_threshold": 2 * width}
+        zero |= {
+            "stage3_param_persistence_threshold": 2 * width,
+            "stage3_max_live_parameters": live,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": live // 2,
+        }
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -89,6 +98,7 @@ class Engine:
         self.clip: float = config["gradient_clipping"]
         self.model, self.mesh = model, mesh
         self.names = {id(p): n for n, p in model.named_parameters()}
+        deepspeed.utils.groups.mpu = None  # an earlier engine's in this process would be asked otherwise
         self._engine, *_ = deepspeed.initialize(
             model=model.to(device()), optimizer=optimizer, model_parameters=model.parameters(), config=config,
             mpu=DeepSpeedGroups(mesh) if mesh.tensor * mesh.sequence > 1 else None,
@@ -189,7 +199,7 @@ class Engine:
                     else:
                         safe_set_full_optimizer_state(parameter, moment, key)
         for state in self._base.state.values():
-            state["step"] = torch.tensor(float(optimizer_step))
+            state["step"].fill_(float(optimizer_step))
 
     def gathered(self, *parameters: nn.Parameter) -> AbstractContextManager[Any]:
         """Within, these parameters are whole on this rank, and changes made alike on all ranks stay (stage 3)."""
@@ -219,6 +229,6 @@ class Engine:
         for p in owned:
             if not self._base.state[p]:
                 zeros = {key: torch.zeros_like(p, requires_grad=False) for key in MOMENTS}
-                self._base.state[p].update(step=torch.tensor(0.0), **zeros)
+                self._base.state[p].update(step=torch.zeros((), device=p.device), **zeros)
         if self.stage in (1, 2):
             zero._lazy_init_hp_params_optimizer_state()

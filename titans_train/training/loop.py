@@ -46,7 +46,8 @@ def build_engine(plan: Plan, mesh: Mesh) -> Engine:
         accumulation=plan.accumulation,
         gradient_clip=config.optimizer.gradient_clip,
         width=plan.shape.width,
-        numel=plan.parameter_count,
+        bucket=plan.zero.bucket,
+        live=plan.zero.live,
     )
     return Engine(model, make_optimizer(model, config), settings, mesh, plan.run_directory / "libraries.log")
 

@@ -28,7 +28,8 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
         {"params": [p for n, p in named if decays(n, p)], "weight_decay": o.weight_decay},
         {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), eps=o.eps)
+    # fused: moves parameters in place; the other forms make temporary copies of all of them
+    return torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
 
 
 def learning_rate(step: int, config: RunConfig) -> float:

@@ -1,0 +1,97 @@
+"""`benchmark layouts`: what a layout costs, measured beside the plan.
+
+For every layout, on real gloo processes: the collectives of one layer (forward, backward, gradients of shared
+parameters) and of a whole micro-batch, counted where torch hands them to the process group; and the peak of a training
+step in tensors, counted as they are made and freed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from titans_train.benchmark.layouts_worker import work
+from titans_train.benchmark.parity import start
+from titans_train.shape import BLOCKS
+
+
+@dataclass(frozen=True)
+class Layout:
+    block: str
+    tensor: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    zero: int = 1
+    dtype: str = "float32"
+    checkpointing: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.data
+
+
+LAYOUTS = [
+    *(Layout(block, tensor=2, sequence_parallel=shared) for block in BLOCKS for shared in (False, True)),
+    Layout("mag", data=2),
+    Layout("mag", data=2, zero=2, dtype="bfloat16"),
+    Layout("mag", data=2, zero=3),
+    Layout("mac", tensor=2, zero=2, checkpointing=True),
+    Layout("lmm", tensor=2, sequence_parallel=True, dtype="bfloat16"),
+    Layout("mag", tensor=2, data=2, sequence_parallel=True, zero=3),
+    Layout("mal", tensor=4, sequence_parallel=True),
+    Layout("transformer", tensor=2, data=2, zero=2),
+]
+
+
+def run(layouts: list[Layout]) -> list[dict[str, Any]]:
+    """One row for each layout. Starts the processes once for each number of ranks."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in sorted({layout.ranks for layout in layouts}):
+            job = Path(folder) / f"{ranks}.json"
+            job.write_text(json.dumps([asdict(layout) for layout in layouts if layout.ranks == ranks]))
+            start(ranks, job, "layouts")
+            rows += json.loads(job.read_text())
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| block | tensor x data | sequence parallel | ZeRO | dtype | one layer, forward | backward | shared |"
+             " peak, MiB | plan, MiB | plan / peak |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for r in rows:
+        counted = [r["messages"][part]["text"] if r["tensor"] > 1 else "" for part in ("forward", "backward", "shared")]
+        recomputed = ", checkpointing" if r["checkpointing"] else ""
+        lines.append(
+            f"| {r['block']} | {r['tensor']} x {r['data']} | {'yes' if r['sequence_parallel'] else 'no'} | {r['zero']} "
+            f"| {r['dtype']}{recomputed} | {' | '.join(counted)} | {r['peak'] / 2**20:.1f} | {r['plan'] / 2**20:.1f} "
+            f"| {r['plan'] / r['peak']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def unplanned(row: dict[str, Any]) -> list[str]:
+    """Where counted messages (number or bytes) differ from the plan's."""
+    return [part for part, m in row["messages"].items() if m["counted"] != m["planned"]]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m titans_train benchmark layouts", description=__doc__)
+    parser.add_argument("--json", type=Path, help="file for all rows")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker:
+        work(args.worker)
+        return 0
+    rows = run(LAYOUTS)
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    for row in rows:
+        if unplanned(row):
+            print(f"not as planned: {row}")
+    return 1 if any(unplanned(row) for row in rows) else 0

@@ -1,0 +1,153 @@
+"""Which messages tensor-parallel ranks exchange: how many and how long, by layer and direction. Pure functions.
+
+Legend: T tensor-parallel ranks, N tokens of a micro-batch, D width, B sequences, C segment, P persistent tokens.
+A length is that of the whole tensor in bytes; in a ring each rank sends (T-1)/T of it, twice that in an all-reduce.
+The rules are those of parallel/megatron_layers.py; tests/distributed/test_cost.py counts what really runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from titans_train.shape import ModelShape
+
+FLOAT32 = 4
+KINDS = ("all_reduce", "all_gather", "reduce_scatter")
+
+
+@dataclass
+class Messages:
+    """Number and bytes of each kind of collective."""
+
+    count: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kind: str, size: int, times: int = 1) -> None:
+        if times:
+            self.count[kind] += times
+            self.bytes[kind] += times * size
+
+    def __add__(self, other: Messages) -> Messages:
+        return Messages(self.count + other.count, self.bytes + other.bytes)
+
+    def __mul__(self, times: int) -> Messages:
+        return Messages(
+            Counter({k: n * times for k, n in self.count.items()}),
+            Counter({k: n * times for k, n in self.bytes.items()}),
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.bytes.values())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{self.count[k]} {k.replace('_', '-')}" for k in KINDS if self.count[k]) or "none"
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a micro-batch brings to the tensor-parallel ranks."""
+
+    sequences: int  # B
+    length: int
+    item: int  # bytes of an activation
+    sequence_parallel: bool
+
+
+def layer(shape: ModelShape, load: Load) -> dict[str, Messages]:
+    """Of one layer and micro-batch: "forward", "backward", and "shared": gradients of parameters that all ranks have.
+
+    "recomputed": what activation checkpointing adds to the backward, the forward's without the layer's last message
+    (torch stops recomputing at the last tensor that it needs).
+    """
+    forward, backward, shared = Messages(), Messages(), Messages()
+    stream = load.sequences * load.length * shape.width * load.item
+    regions = 3 if shape.block == "mal" else 2  # mixer and feed-forward; MAL has two mixers
+    _region(forward, backward, stream, load.sequence_parallel, regions)
+    if shape.block == "mac":
+        segment = shape.attention.segment
+        assert segment is not None
+        lengths = [min(segment, load.length - first) for first in range(0, load.length, segment)]
+        for tokens in lengths:
+            size = load.sequences * tokens * shape.width * load.item
+            forward.add("all_gather", size)  # the heads of what was read
+            forward.add("all_reduce", size)  # the attention's output
+            backward.add("reduce_scatter", size)
+            backward.add("all_reduce", size)
+    _fixed(shape, load, forward, backward)
+    if load.sequence_parallel:
+        norms = 3 if shape.block == "mal" else 2
+        shared.add("all_reduce", shape.width * load.item, norms)
+        if shape.has_memory and shape.attention.persistent_tokens:
+            shared.add("all_reduce", shape.attention.persistent_tokens * shape.width * load.item)
+    recomputed = forward + Messages()
+    last = "reduce_scatter" if load.sequence_parallel else "all_reduce"
+    recomputed.count[last] -= 1
+    recomputed.bytes[last] -= stream
+    return {"forward": forward, "backward": backward, "shared": shared, "recomputed": recomputed}
+
+
+def _region(forward: Messages, backward: Messages, stream: int, sequence_parallel: bool, regions: int) -> None:
+    if not sequence_parallel:
+        forward.add("all_reduce", stream, regions)
+        backward.add("all_reduce", stream, regions)
+        return
+    forward.add("all_gather", stream, regions)
+    forward.add("reduce_scatter", stream, regions)
+    backward.add("all_gather", stream, 2 * regions)  # of the output's gradient, and of the input for the weight's
+    backward.add("reduce_scatter", stream, regions)
+
+
+def _fixed(shape: ModelShape, load: Load, forward: Messages, backward: Messages) -> None:
+    """Persistent tokens enter each mixer; in MAL they leave the first one as well."""
+    if not shape.has_memory or not shape.attention.persistent_tokens:
+        return
+    size = shape.attention.persistent_tokens * shape.width * load.item
+    if shape.block == "mal":
+        forward.add("all_reduce", size)
+    if load.sequence_parallel:
+        backward.add("all_reduce", size, 1 if shape.block == "mal" else 0)
+    else:
+        backward.add("all_reduce", size, 2 if shape.block == "mal" else 1)
+
+
+def ends(shape: ModelShape, load: Load) -> dict[str, Messages]:
+    """Of one micro-batch outside the layers: embedding, last norm, head, cross-entropy (three float32 per token)."""
+    forward, backward, shared = Messages(), Messages(), Messages()
+    tokens = load.sequences * load.length
+    stream = tokens * shape.width * load.item
+    forward.add("all_reduce", tokens * FLOAT32, 3)
+    if load.sequence_parallel:
+        forward.add("reduce_scatter", stream)  # out of the embedding
+        forward.add("all_gather", stream)  # into the head
+        backward.add("all_gather", stream, 2)
+        backward.add("reduce_scatter", stream)
+        shared.add("all_reduce", shape.width * load.item)
+    else:
+        forward.add("all_reduce", stream)
+        backward.add("all_reduce", stream)
+    return {"forward": forward, "backward": backward, "shared": shared}
+
+
+def step(shape: ModelShape, load: Load, accumulation: int, checkpointing: bool) -> Messages:
+    """Of one rank and optimiser step, all layers and micro-batches. ZeRO's own are apart."""
+    one, outside = layer(shape, load), ends(shape, load)
+    again = one["recomputed"] if checkpointing else Messages()
+    layers = (one["forward"] + one["backward"] + one["shared"] + again) * shape.layers
+    return (layers + outside["forward"] + outside["backward"] + outside["shared"]) * accumulation
+
+
+def zero(parameter_bytes: int, stage: int, accumulation: int) -> Messages:
+    """Of one rank and step between the ranks that share weights: what DeepSpeed 0.19 sends, in whole tensors.
+
+    Gradients once per step (stages 0 and 1) or per micro-batch (2: all-reduce, 3: reduce-scatter); updated parameters
+    once (1 and 2); in stage 3 parameters before a layer's forward and again before its backward. Counted are the
+    bytes; in how many pieces follows from the buckets. Small messages (norms, flags) are left out.
+    """
+    out = Messages()
+    times = accumulation if stage >= 2 else 1
+    out.add("reduce_scatter" if stage == 3 else "all_reduce", parameter_bytes, times)
+    if stage:
+        out.add("all_gather", parameter_bytes, 2 * accumulation if stage == 3 else 1)
+    return out
