@@ -55,7 +55,10 @@ def zero_sizes(shape: ModelShape, tensor: int, stage: int) -> ZeroSizes:
 
 
 def memory(shape: ModelShape, at: Placement, stage: int) -> dict[str, int]:
-    """Bytes by part at the peak of a step, and "total"."""
+    """Bytes by part at the peak of a step, and "total".
+
+    With a single micro-batch per step gradients come as activations go: counted is what is more than these.
+    """
     n = counts.parameters_per_rank(shape, at.tensor)
     sizes = zero_sizes(shape, at.tensor, stage)
     states = zero_bytes(n, sizes, stage, at)
@@ -64,6 +67,9 @@ def memory(shape: ModelShape, at: Placement, stage: int) -> dict[str, int]:
         "scan_states": scan_state_bytes(shape, at),
         "working": working_bytes(shape, at),
     }
+    if at.accumulation == 1:
+        going = parts["activations"] + parts["scan_states"] + parts["working"]
+        parts["gradients"] = max(0, parts["gradients"] - going)
     return {**parts, "total": sum(parts.values())}
 
 

@@ -1,4 +1,4 @@
-"""Training on real gloo processes equals one process: every block, ZeRO stage and number of ranks."""
+"""Training on real gloo processes equals one process: every block, layout and ZeRO stage (`--all`: all of them)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,40 @@ from typing import Any
 
 import pytest
 
-from titans_train.benchmark.parity import GRADIENT_LIMIT, Layout, run
+from titans_train.benchmark.parity import LAYOUTS, Layout, failures, run
 from titans_train.shape import BLOCKS
 
-PARAMETER_LIMIT = 2e-5  # three AdamW steps of 1e-3; fp32 rounding of a small gradient moves its step a little
+# Three AdamW steps of 1e-3: where a gradient is near zero, rounding that is divided by its own size moves a parameter.
+PARAMETER_LIMIT = 1e-4
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def check(rows: list[dict[str, Any]]) -> None:
+    assert not failures(rows)
+    for row in rows:
+        assert row.get("norm", 0) <= (1e-5 if row["kind"] == "float32" else 0.05), row
+        if row["kind"] == "float32":
+            assert row["parameter"] <= PARAMETER_LIMIT and row["later"] <= 1e-4, row
 
-    return run(list(BLOCKS), [Layout(data=request.param)], [0, 1, 2, 3])
+
+def test_zero_on_one_and_two_ranks() -> None:
+    rows = run(list(BLOCKS), [Layout(), Layout(data=2)], [0, 1, 2, 3])
+    assert len(rows) == len(BLOCKS) * 2 * 4
+    check(rows)
 
 
-def test_gradients_norm_and_parameters_equal_one_process(table: list[dict[str, Any]]) -> None:
-    assert len(table) == len(BLOCKS) * 4
-    for row in table:
-        assert row["gradient"] <= GRADIENT_LIMIT, row
-        assert row["norm"] <= 1e-5, row
-        assert row["parameter"] <= PARAMETER_LIMIT, row
+def test_tensor_and_sequence_parallelism_on_two_ranks() -> None:
+    """With one process in bf16 as measure of bf16."""
+    kinds = ["float32", "bfloat16", "float64"]
+    rows = run(list(BLOCKS), [Layout(), Layout(tensor=2), Layout(tensor=2, sequence_parallel=True)], [1], kinds)
+    assert len(rows) == len(BLOCKS) * (2 + 3 + 3)
+    check(rows)
+
+
+def test_tensor_times_data_parallelism_on_four_ranks() -> None:
+    check(run(["mac", "mal"], [Layout(tensor=2, data=2, sequence_parallel=True)], [2, 3]))
+    check(run(["mag"], [Layout(tensor=4, sequence_parallel=True), Layout(tensor=2, data=2)], [1]))
+
+
+@pytest.mark.long
+def test_every_layout_and_stage() -> None:
+    check(run(list(BLOCKS), LAYOUTS, [0, 1, 2, 3], ["float32", "bfloat16", "float64"]))
