@@ -68,6 +68,17 @@ def test_a_run_goes_on_under_another_stage_and_micro_batch(runs: Path) -> None:
         assert a == pytest.approx(b, abs=1e-5), step
 
 
+@pytest.mark.parametrize("run", ["split", "to-data", "to-tensor"])
+def test_a_run_is_the_same_on_every_layout_and_moves_between_them(runs: Path, run: str) -> None:
+    for key in ("loss", "grad_norm", "validation_loss"):
+        for (step, a), (other, b) in zip(lines(runs / run, key), lines(runs / "whole-1", key), strict=True):
+            assert step == other and a == pytest.approx(b, abs=1e-4 if key == "grad_norm" else 1e-5), (key, step)
+    ours, theirs = (run_folder.read_metrics(runs / name / "metrics.jsonl")[0]["layer_1"] for name in (run, "whole-1"))
+    assert ours == pytest.approx(theirs, rel=1e-4)  # means over all heads and sequences, wherever they are
+    for name, tensor in last(runs / "whole-1")["model.safetensors"].items():
+        assert (last(runs / run)["model.safetensors"][name] - tensor).abs().max() < 1e-4, name
+
+
 def test_bf16_keeps_fp32_master_weights_and_resumes(runs: Path) -> None:
     assert [s for s, _ in lines(runs / "bf16")] == list(range(1, STEPS + 1))
     for (_, a), (_, b) in zip(lines(runs / "bf16"), lines(runs / "whole-2"), strict=True):
@@ -106,7 +117,9 @@ def test_tensorboard_reads_the_same_figures(runs: Path) -> None:
 def test_the_console_shows_the_run_and_not_the_libraries(runs: Path) -> None:
     console = (runs / "console.txt").read_text()
     assert "step 5/5" in console and "left" in console and "finished" in console
-    assert console.count("step 4, sample:\ndef ") == 4 + 4 + 2  # whole and resumed runs of four stages; moved and bf16
+    assert (
+        console.count("step 4, sample:\ndef ") == 4 + 4 + 2 + 3
+    )  # whole and resumed runs of four stages; moved and bf16; layouts
     for noise in ("Warning", "[INFO]", "deepspeed", "DeepSpeed"):
         assert noise not in console
 

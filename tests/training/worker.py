@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from titans_train.config import RunConfig
-from titans_train.parallel import process_group
+from titans_train.parallel import mesh_of, process_group
 from titans_train.plan import Plan, make_plan
 from titans_train.training.loop import train_on
 
@@ -53,6 +53,15 @@ def main(folder: Path, prepared: Path) -> None:
         # half of a run on ZeRO 1, the rest on ZeRO 3 with another micro-batch
         train_on(mesh, plan_of(folder, prepared, "moved", 1, mesh.world_size), stop_after=3)
         train_on(mesh, plan_of(folder, prepared, "moved", 3, mesh.world_size, training={"micro_batch_size": 2}))
+        # the same run on other layouts: tensor and sequence parallel, then data parallel, and back
+        split = {"parallel": {"tensor": 2, "sequence_parallel": True, "zero_stage": 1}}
+        with mesh_of(tensor=2) as halves:
+            train_on(halves, plan_of(folder, prepared, "split", 1, 2, **split))
+            train_on(halves, plan_of(folder, prepared, "to-data", 1, 2, **split), stop_after=3)
+        train_on(mesh, plan_of(folder, prepared, "to-data", 3, 2))
+        train_on(mesh, plan_of(folder, prepared, "to-tensor", 2, 2), stop_after=3)
+        with mesh_of(tensor=2) as halves:
+            train_on(halves, plan_of(folder, prepared, "to-tensor", 3, 2, parallel={"tensor": 2, "zero_stage": 3}))
         bf16 = plan_of(folder, prepared, "bf16", 2, mesh.world_size, run={"dtype": "bfloat16"})
         train_on(mesh, bf16, stop_after=3)
         train_on(mesh, bf16)

@@ -86,7 +86,7 @@ class NeuralMemory(nn.Module):
         if m.residual_norm:
             gain = torch.full((shape.heads, shape.head_dim), shape.head_dim**-0.5)
             self.norm = Learned(parts.parameter(gain, 0), parts.parameter(torch.zeros_like(gain), 0))
-        self.records: dict[str, Tensor] | None = None  # filled by the forward while monitoring records
+        self.records: list[dict[str, Tensor]] | None = None  # one entry per forward, while monitoring records
 
     def initial_memory(self, batch: int = 1) -> MemoryState:
         """The state before the first token of a document: learned weights, no momentum."""
@@ -149,6 +149,7 @@ class NeuralMemory(nn.Module):
         state: MemoryLayerState,
         document_starts: Tensor | None = None,
         document_memory: MemoryState | None = None,
+        record: bool = True,
     ) -> tuple[Tensor, MemoryLayerState]:
         """Heads [B, L, H, d]. document_starts: [B, L] bool; there the memory restarts from `document_memory`."""
         positions = document_positions(document_starts)
@@ -159,7 +160,7 @@ class NeuralMemory(nn.Module):
         if self.shape.normalize_values:
             v = F.normalize(v, dim=-1, eps=1e-6)
         alpha, eta, theta = self.gate_values(given)
-        surprises: list[Tensor] | None = None if self.records is None else []
+        surprises: list[Tensor] | None = [] if record and self.records is not None else None
         gain, bias = self.gain_and_bias()
         y, memory = memory_scan(
             q, k, v, alpha, eta, theta, state.memory,
@@ -167,7 +168,7 @@ class NeuralMemory(nn.Module):
             document_starts=document_starts, document_state=document_memory,
             store_every=self.shape.store_every, surprises=surprises,
         )  # fmt: skip
-        if self.records is not None and surprises:
+        if surprises:
             self._record(surprises, alpha, eta, theta, memory)
         return y.transpose(1, 2), MemoryLayerState(memory, (q_tail, k_tail, v_tail))
 
@@ -184,7 +185,7 @@ class NeuralMemory(nn.Module):
             return theta.new_zeros(()) if gate is None else gate.mean()
 
         assert self.records is not None
-        self.records.update(
-            surprise=torch.cat(surprises, dim=1).mean(), alpha=mean(alpha), eta=mean(eta), theta=mean(theta),
-            weight_norm=norm(memory.weights), momentum_norm=norm(memory.momentum),
-        )  # fmt: skip
+        self.records.append({
+            "surprise": torch.cat(surprises, dim=1).mean(), "alpha": mean(alpha), "eta": mean(eta),
+            "theta": mean(theta), "weight_norm": norm(memory.weights), "momentum_norm": norm(memory.momentum),
+        })  # fmt: skip

@@ -58,7 +58,7 @@ class MemoryBranch(nn.Module):
         if persistent is None:
             return start, None
         tails = self.memory.empty_tails(persistent["memory_q"])
-        heads, state = self.memory(persistent, MemoryLayerState(start, tails))
+        heads, state = self.memory(persistent, MemoryLayerState(start, tails), record=False)
         return state.memory.at_border(), heads
 
     def forward(

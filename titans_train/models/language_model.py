@@ -88,16 +88,19 @@ class LanguageModel(nn.Module):
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[dict[int, dict[str, Tensor]]]:
-    """Within, each forward fills {layer: {surprise, alpha, eta, theta, weight_norm, momentum_norm}}, 0-d tensors.
+    """At its end {layer: {surprise, alpha, eta, theta, weight_norm, momentum_norm}}, 0-d tensors, is filled.
 
-    Values are of the last forward, means over batch, heads and tokens; norms are of the final state.
+    Values are means over the forwards within (over MAC's segments), and over batch, heads and tokens of each; norms
+    are of the state that a forward ends with. Persistent tokens do not count.
     """
     memories = [m for m in model.modules() if isinstance(m, NeuralMemory)]
-    records: dict[int, dict[str, Tensor]] = {n: {} for n in range(len(memories))}
-    for n, memory in enumerate(memories):
-        memory.records = records[n]
+    means: dict[int, dict[str, Tensor]] = {}
+    for memory in memories:
+        memory.records = []
     try:
-        yield records
+        yield means
     finally:
-        for memory in memories:
-            memory.records = None
+        for n, memory in enumerate(memories):
+            entries, memory.records = memory.records or [], None
+            if entries:
+                means[n] = {key: torch.stack([e[key] for e in entries]).mean() for key in entries[0]}
