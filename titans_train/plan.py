@@ -78,6 +78,12 @@ class Plan:
         parallel = self.config.parallel
         return {"data": self.data_parallel, "sequence": parallel.sequence, "tensor": parallel.tensor}
 
+    @property
+    def mesh_text(self) -> str:
+        """'4 processes = data 2 x sequence 1 x tensor 2'"""
+        mesh = " x ".join(f"{name} {size}" for name, size in self._mesh().items())
+        return f"{processes(self.world_size)} = {mesh}"
+
     def describe(self) -> str:
         """The plan for people."""
         sections = [self._describe_run(), self._describe_parameters(), self._describe_flops(), self._describe_memory()]
@@ -103,13 +109,12 @@ class Plan:
             a = s.attention
             reach = f"segment {a.segment}" if a.segment is not None else f"window {a.window or 'all'}"
             lines.append(f"attention   {reach}, {a.persistent_tokens} persistent tokens")
-        mesh = " x ".join(f"{name} {size}" for name, size in self._mesh().items())
         batch = f"{t.global_batch_size} sequences x {t.sequence_length} tokens = {self.tokens_per_step:,} tokens"
         keep, disk = c.checkpoint.keep, self.checkpoint_bytes
         together = f"{human_bytes((keep + 1) * disk)} while one is written beside {keep}"
         return [
             *lines,
-            f"mesh        {processes(self.world_size)} = {mesh}; ZeRO stage {c.parallel.zero_stage}",
+            f"mesh        {self.mesh_text}; ZeRO stage {c.parallel.zero_stage}",
             f"step        {batch}; each rank {self.accumulation} x {t.micro_batch_size} sequences",
             f"training    {t.steps:,} steps, {self.warmup_steps:,} of warm-up: {self.total_tokens:,} tokens",
             f"checkpoint  {human_bytes(disk)} each, {together}",

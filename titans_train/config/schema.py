@@ -67,10 +67,10 @@ class Attention(Section):
 
 
 class Parallel(Section):
-    tensor: int = Field(default=1, ge=1)
-    sequence: int = Field(default=1, ge=1)
-    sequence_parallel: bool = False
-    zero_stage: int = Field(default=1, ge=0, le=3)
+    tensor: int = Field(default=1, ge=1, description="neighbouring ranks that share each layer's heads and units")
+    sequence: int = Field(default=1, ge=1, description="ranks that share each sequence; planned, only 1 for now")
+    sequence_parallel: bool = Field(default=False, description="Megatron's: tensor ranks share norms and residuals too")
+    zero_stage: int = Field(default=1, ge=0, le=3, description="DeepSpeed's, over the ranks with the same weights")
 
 
 class Recall(Section):

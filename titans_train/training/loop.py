@@ -135,7 +135,7 @@ class Run:
         start = f"resumes after step {self.progress.step}" if self.progress.step else "starts"
         return (
             f"{self.config.run.name} {start}: {plan.shape.block}, {plan.parameter_count:,} parameters, {steps} steps "
-            f"of {plan.tokens_per_step:,} tokens, {plan.world_size} processes, ZeRO {self.engine.stage}, "
+            f"of {plan.tokens_per_step:,} tokens, {plan.mesh_text}, ZeRO {self.engine.stage}, "
             f"{self.config.run.dtype}; in {plan.run_directory}"
         )
 
