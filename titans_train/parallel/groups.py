@@ -14,7 +14,7 @@ import torch.distributed as dist
 from titans_train.parallel.mesh import Mesh
 
 
-def make_groups(mesh: Mesh) -> None:
+def make_groups(mesh: Mesh, timeout_minutes: int) -> None:
     """Collective. megatron-core is imported only where a model is split: it takes seconds."""
     if mesh.tensor * mesh.sequence == 1:
         return
@@ -22,14 +22,20 @@ def make_groups(mesh: Mesh) -> None:
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     state = _state()
     state.initialize_model_parallel(
-        tensor_model_parallel_size=mesh.tensor, context_parallel_size=mesh.sequence, create_gloo_process_groups=False
-    )
+        tensor_model_parallel_size=mesh.tensor, context_parallel_size=mesh.sequence,
+        distributed_timeout_minutes=timeout_minutes, create_gloo_process_groups=False,
+    )  # fmt: skip
 
 
 def leave_groups(mesh: Mesh) -> None:
-    if mesh.tensor * mesh.sequence > 1:
-        state = _state()
-        state.destroy_model_parallel()
+    """Collective. megatron-core only forgets its groups; their threads and sockets would stay."""
+    if mesh.tensor * mesh.sequence == 1:
+        return
+    state = _state()
+    groups = (state._global_process_group_list or [None])[1:]  # the first stands for the world
+    state.destroy_model_parallel()
+    for group in groups:
+        dist.destroy_process_group(group)
 
 
 def tensor_group(mesh: Mesh) -> dist.ProcessGroup:

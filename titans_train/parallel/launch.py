@@ -52,7 +52,7 @@ def process_group(tensor: int = 1, sequence: int = 1) -> Iterator[Mesh]:
 def mesh_of(tensor: int = 1, sequence: int = 1) -> Iterator[Mesh]:
     """The processes that have joined as a mesh, with its groups. Collective."""
     mesh = Mesh(dist.get_rank(), dist.get_world_size(), tensor, sequence)
-    make_groups(mesh)
+    make_groups(mesh, int(TIMEOUT.total_seconds() // 60))
     try:
         yield mesh
     finally:
