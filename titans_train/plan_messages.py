@@ -31,6 +31,9 @@ class Messages:
     def __add__(self, other: Messages) -> Messages:
         return Messages(self.count + other.count, self.bytes + other.bytes)
 
+    def __sub__(self, other: Messages) -> Messages:
+        return Messages(self.count - other.count, self.bytes - other.bytes)
+
     def __mul__(self, times: int) -> Messages:
         return Messages(
             Counter({k: n * times for k, n in self.count.items()}),
