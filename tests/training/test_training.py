@@ -79,6 +79,11 @@ def test_a_run_is_the_same_on_every_layout_and_moves_between_them(runs: Path, ru
         assert (last(runs / run)["model.safetensors"][name] - tensor).abs().max() < 1e-4, name
 
 
+def test_ranks_share_the_tokens_of_the_last_validation_batch_too(runs: Path) -> None:
+    summary = json.loads((runs / "odd" / "summary.json").read_text())
+    assert summary["validation_tokens"] == 5 * 65
+
+
 def test_bf16_keeps_fp32_master_weights_and_resumes(runs: Path) -> None:
     assert [s for s, _ in lines(runs / "bf16")] == list(range(1, STEPS + 1))
     for (_, a), (_, b) in zip(lines(runs / "bf16"), lines(runs / "whole-2"), strict=True):

@@ -58,6 +58,8 @@ def main(folder: Path, prepared: Path) -> None:
         with mesh_of(tensor=2) as halves:
             train_on(halves, plan_of(folder, prepared, "split", 1, 2, **split))
             train_on(halves, plan_of(folder, prepared, "to-data", 1, 2, **split), stop_after=3)
+            odd = {"sequence_length": 65, "micro_batch_size": 2, "steps": 3}  # 5 validation sequences: 2, 2 and 1
+            train_on(halves, plan_of(folder, prepared, "odd", 1, 2, **split, memory={"chunk_size": 5}, training=odd))
         train_on(mesh, plan_of(folder, prepared, "to-data", 3, 2))
         train_on(mesh, plan_of(folder, prepared, "to-tensor", 2, 2), stop_after=3)
         with mesh_of(tensor=2) as halves:

@@ -19,7 +19,7 @@ def validate(
     """Over the first `sequences` of the dataset: loss (nats per token), perplexity, and bits per byte of text.
 
     Every rank runs the same number of forwards, since a sharded model needs all ranks in each; a rank with fewer
-    sequences repeats one and does not count it.
+    sequences repeats one and does not count it. Micro-batches are always full: ranks may share their tokens evenly.
     """
     count = min(sequences, dataset.sequences_total)
     share = -(-count // mesh.data)
@@ -27,7 +27,8 @@ def validate(
     engine.model.eval()
     with torch.no_grad():
         for first in range(0, share, micro_batch):
-            numbers = [mesh.data_rank * share + i for i in range(first, min(first + micro_batch, share))]
+            within = range(first, first + micro_batch)
+            numbers = [mesh.data_rank * share + i if i < share else count for i in within]
             batch = _batch(dataset, numbers, count)
             totals[0] += forward(engine, batch).double()
             totals[1] += int((batch.labels != IGNORE).sum())
