@@ -15,7 +15,7 @@ from titans_train import plan_messages as messages
 from titans_train.config import ConfigError, RunConfig, check_config
 from titans_train.config.checks import feed_forward_width, padded_vocabulary
 from titans_train.plan_memory import Placement, ZeroSizes
-from titans_train.plan_messages import Load, Messages
+from titans_train.plan_messages import Messages
 from titans_train.shape import AttentionShape, MemoryShape, ModelShape
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -41,7 +41,7 @@ class Plan:
     memory_bytes: dict[str, int]  # per rank, by part and "total", for the ZeRO stage in use
     memory_by_stage: dict[int, dict[str, int]]  # the same for every ZeRO stage
     zero: ZeroSizes  # what DeepSpeed is told
-    load: Load  # what a micro-batch brings to the tensor-parallel ranks
+    placement: Placement  # what decides a rank's memory and messages
     messages: dict[str, Messages]  # between ranks: per layer and micro-batch, and per step
     checkpoint_bytes: int
 
@@ -239,7 +239,6 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> Plan:
     placement = _placement(config, data_parallel, accumulation)
     by_stage = {stage: memory.memory(shape, placement, stage) for stage in memory.ZERO_STAGES}
     tokens_per_step = t.global_batch_size * t.sequence_length
-    load = Load(t.micro_batch_size, t.sequence_length, ITEM_BYTES[config.run.dtype], config.parallel.sequence_parallel)
     return Plan(
         config=config,
         shape=shape,
@@ -255,8 +254,8 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> Plan:
         memory_bytes=by_stage[config.parallel.zero_stage],
         memory_by_stage=by_stage,
         zero=memory.zero_sizes(shape, config.parallel.tensor, config.parallel.zero_stage),
-        load=load,
-        messages=_messages(config, shape, load, accumulation, data_parallel),
+        placement=placement,
+        messages=_messages(shape, placement, config.parallel.zero_stage),
         checkpoint_bytes=memory.checkpoint_bytes(count),
     )
 
@@ -270,20 +269,17 @@ def _placement(config: RunConfig, replicas: int, accumulation: int) -> Placement
     )  # fmt: skip
 
 
-def _messages(
-    config: RunConfig, shape: ModelShape, load: Load, accumulation: int, replicas: int
-) -> dict[str, Messages]:
-    p, found = config.parallel, {}
-    if p.tensor > 1:
-        one = messages.layer(shape, load)
-        checkpointing = config.training.activation_checkpointing
-        parts = ["forward", "backward", *(["recomputed"] if checkpointing else [])]
+def _messages(shape: ModelShape, at: Placement, stage: int) -> dict[str, Messages]:
+    found = {}
+    if at.tensor > 1:
+        one = messages.layer(shape, at)
+        parts = ["forward", "backward", *(["recomputed"] if at.checkpointing else [])]
         found = {f"a layer's {part}, each micro-batch": one[part] for part in parts}
         found["a layer's shared parameters' gradients"] = one["shared"]
-        found["tensor-parallel ranks, each step"] = messages.step(shape, load, accumulation, checkpointing)
-    if replicas > 1:
-        size = counts.parameters_per_rank(shape, p.tensor) * load.item
-        found[f"ZeRO {p.zero_stage}, each step, in buckets"] = messages.zero(size, p.zero_stage, accumulation)
+        found["tensor-parallel ranks, each step"] = messages.step(shape, at)
+    if at.replicas > 1:
+        size = counts.parameters_per_rank(shape, at.tensor) * at.item
+        found[f"ZeRO {stage}, each step, in buckets"] = messages.zero(size, stage, at.accumulation)
     return found
 
 

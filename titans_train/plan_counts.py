@@ -69,8 +69,7 @@ def parameters(shape: ModelShape) -> dict[str, int]:
 def shared_parameters(shape: ModelShape) -> int:
     """Those that every tensor-parallel rank holds whole: norms of the residual stream, and persistent tokens."""
     one = block_parameters(shape)
-    norms = {"mal": 3}.get(shape.block, 2) * shape.width
-    return shape.layers * (one["persistent"] + norms) + shape.width
+    return shape.layers * (one["persistent"] + one["norms"]) + shape.width
 
 
 def parameters_per_rank(shape: ModelShape, tensor: int) -> int:

@@ -17,7 +17,7 @@ ZERO_STAGES = (0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class Placement:
-    """What decides a rank's memory beside the model."""
+    """What decides a rank's memory and messages beside the model."""
 
     tensor: int  # T
     replicas: int  # R
@@ -112,8 +112,8 @@ def activation_bytes(shape: ModelShape, at: Placement) -> int:
 
 
 def layer_bytes(shape: ModelShape, at: Placement) -> float:
-    width, own = shape.width, shape.width / at.tensor
-    norms = 3 if shape.block == "mal" else 2
+    own = shape.width / at.tensor
+    norms = counts.block_parameters(shape)["norms"]  # numbers in all norms of a layer: D each
     numbers = 4 * shape.feed_forward / at.tensor
     wide = 0.0
     if shape.block == "mac":
@@ -127,7 +127,7 @@ def layer_bytes(shape: ModelShape, at: Placement) -> float:
             numbers += (20.5 + (2 if shape.block == "mag" else 0)) * own
             wide = 5 * own
     split = at.tokens * (at.item * numbers + FLOAT32 * wide + _mask_bytes(shape, at.length))
-    return at.item * at.stream_tokens * 2 * norms * width + split
+    return at.item * at.stream_tokens * 2 * norms + split
 
 
 def _mask_bytes(shape: ModelShape, length: int) -> float:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from titans_train import plan_counts as counts
+from titans_train.plan_memory import FLOAT32, Placement
 from titans_train.shape import ModelShape
 
-FLOAT32 = 4
 KINDS = ("all_reduce", "all_gather", "reduce_scatter")
 
 
@@ -48,44 +49,34 @@ class Messages:
         return ", ".join(f"{self.count[k]} {k.replace('_', '-')}" for k in KINDS if self.count[k]) or "none"
 
 
-@dataclass(frozen=True)
-class Load:
-    """What a micro-batch brings to the tensor-parallel ranks."""
-
-    sequences: int  # B
-    length: int
-    item: int  # bytes of an activation
-    sequence_parallel: bool
-
-
-def layer(shape: ModelShape, load: Load) -> dict[str, Messages]:
+def layer(shape: ModelShape, at: Placement) -> dict[str, Messages]:
     """Of one layer and micro-batch: "forward", "backward", and "shared": gradients of parameters that all ranks have.
 
     "recomputed": what activation checkpointing adds to the backward, the forward's without the layer's last message
     (torch stops recomputing at the last tensor that it needs).
     """
     forward, backward, shared = Messages(), Messages(), Messages()
-    stream = load.sequences * load.length * shape.width * load.item
-    regions = 3 if shape.block == "mal" else 2  # mixer and feed-forward; MAL has two mixers
-    _region(forward, backward, stream, load.sequence_parallel, regions)
+    stream = at.tokens * shape.width * at.item
+    parameters = counts.block_parameters(shape)
+    regions = parameters["norms"] // shape.width  # each begins with a norm of width D
+    _region(forward, backward, stream, at.sequence_parallel, regions)
     if shape.block == "mac":
         segment = shape.attention.segment
         assert segment is not None
-        lengths = [min(segment, load.length - first) for first in range(0, load.length, segment)]
+        lengths = [min(segment, at.length - first) for first in range(0, at.length, segment)]
         for tokens in lengths:
-            size = load.sequences * tokens * shape.width * load.item
+            size = at.sequences * tokens * shape.width * at.item
             forward.add("all_gather", size)  # the heads of what was read
             forward.add("all_reduce", size)  # the attention's output
             backward.add("reduce_scatter", size)
             backward.add("all_reduce", size)
-    _fixed(shape, load, forward, backward)
-    if load.sequence_parallel:
-        norms = 3 if shape.block == "mal" else 2
-        shared.add("all_reduce", shape.width * load.item, norms)
-        if shape.has_memory and shape.attention.persistent_tokens:
-            shared.add("all_reduce", shape.attention.persistent_tokens * shape.width * load.item)
+    _fixed(shape, at, forward, backward)
+    if at.sequence_parallel:
+        shared.add("all_reduce", shape.width * at.item, regions)
+        if parameters["persistent"]:
+            shared.add("all_reduce", parameters["persistent"] * at.item)
     recomputed = forward + Messages()
-    last = "reduce_scatter" if load.sequence_parallel else "all_reduce"
+    last = "reduce_scatter" if at.sequence_parallel else "all_reduce"
     recomputed.count[last] -= 1
     recomputed.bytes[last] -= stream
     return {"forward": forward, "backward": backward, "shared": shared, "recomputed": recomputed}
@@ -102,43 +93,42 @@ def _region(forward: Messages, backward: Messages, stream: int, sequence_paralle
     backward.add("reduce_scatter", stream, regions)
 
 
-def _fixed(shape: ModelShape, load: Load, forward: Messages, backward: Messages) -> None:
+def _fixed(shape: ModelShape, at: Placement, forward: Messages, backward: Messages) -> None:
     """Persistent tokens enter each mixer; in MAL they leave the first one as well."""
     if not shape.has_memory or not shape.attention.persistent_tokens:
         return
-    size = shape.attention.persistent_tokens * shape.width * load.item
+    size = shape.attention.persistent_tokens * shape.width * at.item
     if shape.block == "mal":
         forward.add("all_reduce", size)
-    if load.sequence_parallel:
+    if at.sequence_parallel:
         backward.add("all_reduce", size, 1 if shape.block == "mal" else 0)
     else:
         backward.add("all_reduce", size, 2 if shape.block == "mal" else 1)
 
 
-def ends(shape: ModelShape, load: Load) -> dict[str, Messages]:
+def ends(shape: ModelShape, at: Placement) -> dict[str, Messages]:
     """Of one micro-batch outside the layers: embedding, last norm, head, cross-entropy (three float32 per token)."""
     forward, backward, shared = Messages(), Messages(), Messages()
-    tokens = load.sequences * load.length
-    stream = tokens * shape.width * load.item
-    forward.add("all_reduce", tokens * FLOAT32, 3)
-    if load.sequence_parallel:
+    stream = at.tokens * shape.width * at.item
+    forward.add("all_reduce", at.tokens * FLOAT32, 3)
+    if at.sequence_parallel:
         forward.add("reduce_scatter", stream)  # out of the embedding
         forward.add("all_gather", stream)  # into the head
         backward.add("all_gather", stream, 2)
         backward.add("reduce_scatter", stream)
-        shared.add("all_reduce", shape.width * load.item)
+        shared.add("all_reduce", shape.width * at.item)
     else:
         forward.add("all_reduce", stream)
         backward.add("all_reduce", stream)
     return {"forward": forward, "backward": backward, "shared": shared}
 
 
-def step(shape: ModelShape, load: Load, accumulation: int, checkpointing: bool) -> Messages:
+def step(shape: ModelShape, at: Placement) -> Messages:
     """Of one rank and optimiser step, all layers and micro-batches. ZeRO's own are apart."""
-    one, outside = layer(shape, load), ends(shape, load)
-    again = one["recomputed"] if checkpointing else Messages()
+    one, outside = layer(shape, at), ends(shape, at)
+    again = one["recomputed"] if at.checkpointing else Messages()
     layers = (one["forward"] + one["backward"] + one["shared"] + again) * shape.layers
-    return (layers + outside["forward"] + outside["backward"] + outside["shared"]) * accumulation
+    return (layers + outside["forward"] + outside["backward"] + outside["shared"]) * at.accumulation
 
 
 def zero(parameter_bytes: int, stage: int, accumulation: int) -> Messages:

@@ -20,7 +20,6 @@ from titans_train.parallel import Engine, Mesh, gather, make_parts, mesh_of, pro
 from titans_train.parallel.engine import zero_config
 from titans_train.parallel.groups import data_group, tensor_group
 from titans_train.parallel.split import join_over_ranks, split_of
-from titans_train.parallel.tensor import sum_shared_gradients
 
 TOKENS, WIDTH, HEADS, BATCH = 12, 8, 4, 2
 SECTIONS = {"q": 16, "k": 16, "gate": 4}
@@ -33,8 +32,8 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(3)
         self.table = parts.table(5, 8, WIDTH, 1.0)
-        self.scale = nn.Parameter(torch.rand(WIDTH) + 0.5)
-        self.fixed = nn.Parameter(torch.randn(3, WIDTH))
+        self.scale = parts.parameter(torch.rand(WIDTH) + 0.5, None)
+        self.fixed = parts.parameter(torch.randn(3, WIDTH), None)
         self.columns, self.rows = parts.columns(WIDTH, SECTIONS, 0.3), parts.rows(16, WIDTH, 0.3)
         self.wide = parts.columns(16, {"a": 16}, 0.3)
         self.parts = parts
@@ -69,8 +68,6 @@ def one_process() -> tuple[float, dict[str, Tensor]]:
 def sharded(mesh: Mesh, sequence_parallel: bool) -> dict[str, float]:
     """Largest errors of the loss and of any gradient against one process."""
     net = Net(make_parts(mesh, sequence_parallel))
-    if sequence_parallel:
-        sum_shared_gradients(net, mesh)
     loss = net(*batch())
     loss.backward()
     want_loss, want = one_process()
@@ -106,8 +103,6 @@ def engine_sums(mesh: Mesh, stage: int) -> float:
     """Error of the gradient norm of a plain sum over two micro-batches (and data ranks), shared parameters once."""
     parts = make_parts(mesh, True)
     net = Net(parts)
-    if mesh.tensor > 1:
-        sum_shared_gradients(net, mesh)
     engine = engine_of(net, mesh, stage, 2)
     for seed in (0, 1):
         engine.backward(engine(*batch(10 * mesh.data_rank + seed)) * engine.loss_scale())

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.training.test_training import torchrun
+from tests.torchrun import ROOT, torchrun
 
-ROOT = Path(__file__).parents[2]
 NAMES = [
     "the tensor ranks are neighbours", "a data group without other data is this rank",
     "megatron's layers draw nothing", "weights start the same", "parameters know their cut",

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,18 +12,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from tests.data.corpus import prepare_folder
+from tests.torchrun import ROOT, torchrun
 from tests.training.worker import STEPS, plan_of
 from titans_train.errors import UserError
 from titans_train.training import run_folder
 from titans_train.training.checkpoint import FILES, _write, check_disk, find_latest, load_model
-
-ROOT = Path(__file__).parents[2]
-
-
-def torchrun(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run([*launch, *command], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,11 @@ step in tensors, counted as they are made and freed.
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from titans_train.benchmark.layouts_worker import work
-from titans_train.benchmark.parity import start
+from titans_train.benchmark.processes import parser_of, report, rows_of
 from titans_train.shape import BLOCKS
 
 
@@ -48,15 +44,8 @@ LAYOUTS = [
 
 
 def run(layouts: list[Layout]) -> list[dict[str, Any]]:
-    """One row for each layout. Starts the processes once for each number of ranks."""
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for ranks in sorted({layout.ranks for layout in layouts}):
-            job = Path(folder) / f"{ranks}.json"
-            job.write_text(json.dumps([asdict(layout) for layout in layouts if layout.ranks == ranks]))
-            start(ranks, job, "layouts")
-            rows += json.loads(job.read_text())
-    return rows
+    """One row for each layout."""
+    return rows_of("layouts", layouts)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -80,18 +69,9 @@ def unplanned(row: dict[str, Any]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m titans_train benchmark layouts", description=__doc__)
-    parser.add_argument("--json", type=Path, help="file for all rows")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = parser_of("layouts", __doc__).parse_args(argv)
     if args.worker:
         work(args.worker)
         return 0
     rows = run(LAYOUTS)
-    print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    for row in rows:
-        if unplanned(row):
-            print(f"not as planned: {row}")
-    return 1 if any(unplanned(row) for row in rows) else 0
+    return report(rows, table(rows), args.json, [row for row in rows if unplanned(row)], "not as planned")

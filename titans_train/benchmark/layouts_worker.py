@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,30 +44,28 @@ def count_messages(plan: Any, mesh: Any) -> dict[str, Any]:
     from titans_train.benchmark.messages import CountMessages
     from titans_train.models import LanguageModel
     from titans_train.parallel import make_parts
-    from titans_train.parallel.tensor import sum_shared_gradients
-    from titans_train.plan_messages import Messages, ends, layer
+    from titans_train.parallel.split import split_of
+    from titans_train.plan_messages import layer, step
 
-    load, dtype = plan.load, getattr(torch, plan.config.run.dtype)
-    model = LanguageModel(plan.shape, make_parts(mesh, load.sequence_parallel)).to(dtype)
-    model.activation_checkpointing = plan.config.training.activation_checkpointing
+    at, dtype = plan.placement, getattr(torch, plan.config.run.dtype)
+    model = LanguageModel(plan.shape, make_parts(mesh, at.sequence_parallel)).to(dtype)
+    model.activation_checkpointing = at.checkpointing
     tokens, labels = batch()
-    x = torch.randn(MICRO * LENGTH // (mesh.tensor if load.sequence_parallel else 1), WIDTH, dtype=dtype)
-    with CountMessages() as forward:
-        y, _ = model.blocks[0](x.requires_grad_(), MICRO)
-    with CountMessages() as backward:
-        y.sum().backward()
-    if load.sequence_parallel:
-        sum_shared_gradients(model, mesh)
-    y, _ = model.blocks[0](x, MICRO)
-    with CountMessages() as completed:
-        y.sum().backward()
-    shared = completed.messages - backward.messages
+    x = torch.randn(int(at.stream_tokens), WIDTH, dtype=dtype, requires_grad=True)
+    same = [p for p in model.parameters() if split_of(p) is None]
+    counted = []
+    for completed in (False, True):  # without, then with gradients of shared parameters
+        for parameter in same:
+            parameter.requires_grad_(completed)
+        with CountMessages() as forward:
+            y, _ = model.blocks[0](x, MICRO)
+        with CountMessages() as backward:
+            y.sum().backward()
+        counted.append(backward.messages)
+    shared = counted[1] - counted[0]
     with CountMessages() as everything:
         model(tokens, labels).loss_sum.backward()
-    planned, outside = layer(plan.shape, load), ends(plan.shape, load)
-    again = planned["recomputed"] if model.activation_checkpointing else Messages()
-    whole = (planned["forward"] + planned["backward"] + planned["shared"] + again) * plan.shape.layers
-    whole = whole + outside["forward"] + outside["backward"] + outside["shared"]
+    planned, whole = layer(plan.shape, at), step(plan.shape, replace(at, accumulation=1))
 
     def row(counted: Any, wanted: Any) -> dict[str, Any]:
         figures = [{"count": dict(m.count), "bytes": dict(m.bytes)} for m in (counted, wanted)]
@@ -74,7 +73,7 @@ def count_messages(plan: Any, mesh: Any) -> dict[str, Any]:
 
     return {
         "forward": row(forward.messages, planned["forward"]),
-        "backward": row(backward.messages, planned["backward"]),
+        "backward": row(counted[0], planned["backward"]),
         "shared": row(shared, planned["shared"]),
         "micro_batch": row(everything.messages, whole),
     }
@@ -102,7 +101,7 @@ def work(job: Path) -> None:
 
     rows = []
     with process_group() as whole:
-        for layout in json.loads(job.read_text()):
+        for layout in json.loads(job.read_text())["layouts"]:
             with mesh_of(layout["tensor"]) as mesh:
                 plan = plan_of(layout)
                 messages = count_messages(plan, mesh) if mesh.tensor > 1 else {}

@@ -10,17 +10,11 @@ gradients of a weighted sum of the logits.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from titans_train.benchmark.parity_worker import STAGES, work
+from titans_train.benchmark.processes import parser_of, report, rows_of
 from titans_train.shape import BLOCKS
 
 GRADIENT_LIMIT = 1e-5  # of max(a gradient's norm, 1e-3 of the global norm)
@@ -47,30 +41,8 @@ LAYOUTS = [
 def run(
     blocks: list[str], layouts: list[Layout], stages: list[int], kinds: list[str] | None = None
 ) -> list[dict[str, Any]]:
-    """The table's rows. Starts the processes once for each number of ranks."""
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for ranks in sorted({layout.ranks for layout in layouts}):
-            job = Path(folder) / f"{ranks}.json"
-            fitting = [asdict(layout) for layout in layouts if layout.ranks == ranks]
-            kinds = ["float32"] if kinds is None else kinds
-            job.write_text(json.dumps({"blocks": blocks, "layouts": fitting, "stages": stages, "kinds": kinds}))
-            start(ranks, job, "parity")
-            rows += json.loads(job.read_text())
-    return rows
-
-
-def start(ranks: int, job: Path, name: str) -> None:
-    """Runs the worker of a benchmark on `ranks` processes. RuntimeError with what they wrote, if one fails."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-        "-m", "titans_train", "benchmark", name, "--worker", str(job),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        own = [line for line in done.stderr.splitlines() if line.startswith("[rank0]")] or done.stderr.splitlines()
-        raise RuntimeError(f"{name} on {ranks} ranks failed:\n" + "\n".join([done.stdout[-2000:], *own[-30:]]))
+    """The table's rows."""
+    return rows_of("parity", layouts, blocks=blocks, stages=stages, kinds=["float32"] if kinds is None else kinds)
 
 
 def failures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -109,23 +81,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m titans_train benchmark parity", description=__doc__)
+    parser = parser_of("parity", __doc__)
     parser.add_argument("--blocks", nargs="+", default=list(BLOCKS), choices=BLOCKS)
     parser.add_argument("--stages", nargs="+", type=int, default=STAGES, choices=STAGES)
     parser.add_argument("--tensor", nargs="+", type=int, default=[1, 2, 4], choices=[1, 2, 4])
     parser.add_argument("--data", nargs="+", type=int, default=[1, 2], choices=[1, 2])
     parser.add_argument("--kinds", nargs="+", default=["float32", "bfloat16", "float64"])
-    parser.add_argument("--json", type=Path, help="file for all rows")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
         work(args.worker)
         return 0
     layouts = [x for x in LAYOUTS if (x.tensor in args.tensor and x.data in args.data) or x.ranks == 1]
     rows = run(args.blocks, layouts, args.stages, args.kinds)
-    print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    for row in failures(rows):
-        print(f"beyond its limit: {row}", file=sys.stderr)
-    return 1 if failures(rows) else 0
+    return report(rows, table(rows), args.json, failures(rows), "beyond its limit")

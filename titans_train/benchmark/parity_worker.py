@@ -110,18 +110,15 @@ def compare(block: str, stage: int, mesh: Any, sequence_parallel: bool, dtype: s
     return {"block": block, "zero": stage, **layout, "kind": dtype, **errors}
 
 
-def double_gradients(block: str, parts: Any, mesh: Any, sequence_parallel: bool) -> dict[str, Tensor]:
+def double_gradients(block: str, parts: Any, mesh: Any) -> dict[str, Tensor]:
     """Of a weighted sum of the logits, whole, by name, in float64, without an engine. Collective."""
     from titans_train.models import LanguageModel
     from titans_train.parallel.split import join_over_ranks
-    from titans_train.parallel.tensor import sum_shared_gradients
     from titans_train.training.checkpoint import set_seed
 
     set_seed(0)
     plan = plan_of(block, 0, {"tensor": 1, "data": 1, "sequence_parallel": False}, "float32")
     model = LanguageModel(plan.shape, parts).double()
-    if sequence_parallel:
-        sum_shared_gradients(model, mesh)
     tokens, _ = batch(0)
     hidden, _ = model.hidden(tokens, None, None)
     logits = model.embedding(hidden, as_head=True)
@@ -137,8 +134,8 @@ def double_gradients(block: str, parts: Any, mesh: Any, sequence_parallel: bool)
 def compare_double(block: str, mesh: Any, sequence_parallel: bool) -> dict[str, Any]:
     from titans_train.parallel import make_parts
 
-    want = double_gradients(block, None, mesh, False)
-    got = double_gradients(block, make_parts(mesh, sequence_parallel), mesh, sequence_parallel)
+    want = double_gradients(block, None, mesh)
+    got = double_gradients(block, make_parts(mesh, sequence_parallel), mesh)
     layout = {"tensor": mesh.tensor, "data": mesh.data, "sequence_parallel": sequence_parallel}
     return {"block": block, "zero": None, **layout, "kind": "float64", "gradient": largest(got, want)}
 

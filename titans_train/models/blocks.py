@@ -7,6 +7,7 @@ P persistent tokens. A mixer is one region (see parts.py): columns, then work pe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,8 +82,8 @@ class Block(nn.Module):
         super().__init__()
         self.shape = shape
         width, eps = shape.width, shape.norm_eps
-        self.norm = RMSNorm(width, eps)
-        self.feed_forward_norm = RMSNorm(width, eps)
+        self.norm = RMSNorm(width, eps, parts)
+        self.feed_forward_norm = RMSNorm(width, eps, parts)
         self.feed_forward = FeedForward(width, shape.feed_forward, shape.initializer_std, output_std(shape), parts)
         count = shape.attention.persistent_tokens if shape.has_memory else 0
         self.persistent = Learned(parts.parameter(torch.randn(count, width), None)) if count else None
@@ -91,10 +92,10 @@ class Block(nn.Module):
         """[P, D], in the normalised space of the mixer's input."""
         return None if self.persistent is None else self.persistent()[0]
 
-    def fixed(self, columns: nn.Module) -> Inputs | None:
+    def fixed(self, columns: nn.Module, only: Sequence[str] | None = None) -> Inputs | None:
         """The persistent tokens projected as the mixer's input is, [1, P, n]; None where there are none."""
         persistent = self.persistent_tokens()
-        return None if persistent is None else by_row(columns(persistent, "fixed"), 1)
+        return None if persistent is None else by_row(columns(persistent, "fixed", only), 1)
 
     def mix(
         self, x: Tensor, batch: int, state: BlockState | None, document_starts: Tensor | None
@@ -210,7 +211,7 @@ class MALBlock(Block):
     def __init__(self, shape: ModelShape, parts: Parts) -> None:
         super().__init__(shape, parts)
         self.mixer = MemoryMixer(shape, parts)
-        self.attention_norm = RMSNorm(shape.width, shape.norm_eps)
+        self.attention_norm = RMSNorm(shape.width, shape.norm_eps, parts)
         self.project = parts.columns(shape.width, attention_sections(shape), shape.initializer_std)
         self.attention = Attention(shape, parts)
         self.out = parts.rows(shape.width, shape.width, output_std(shape))

@@ -47,7 +47,7 @@ class LanguageModel(nn.Module):
         table = (shape.vocabulary, shape.padded_vocabulary, shape.width, std)
         self.embedding = self.parts.table(*table)
         self.blocks = nn.ModuleList(BLOCK_TYPES[shape.block](shape, self.parts) for _ in range(shape.layers))
-        self.norm = RMSNorm(shape.width, shape.norm_eps)
+        self.norm = RMSNorm(shape.width, shape.norm_eps, self.parts)
         self.head = None if shape.tied_head else self.parts.table(*table)
 
     def hidden(

@@ -12,10 +12,10 @@ from titans_train.models.parts import Parts
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last dimension, with an explicit epsilon (a vanishing memory must not decide it)."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, parts: Parts) -> None:
         super().__init__()
         self.eps = eps
-        self.scale = nn.Parameter(torch.ones(width))
+        self.scale = parts.parameter(torch.ones(width), None)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), self.eps)

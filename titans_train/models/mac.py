@@ -74,7 +74,7 @@ class MACBlock(Block):
         if state is None:
             assert initial is not None
             state = self.initial_state(given["q"], initial)
-        fixed = self._fixed_keys()
+        fixed = self.attention.persistent(self.fixed(self.project, ("k", "v")))
         outputs, start, length = [], 0, given["q"].shape[1]
         while start < length:
             stop = min(start + self.segment - state.position, length)
@@ -84,12 +84,6 @@ class MACBlock(Block):
             outputs.append(y)
             start = stop
         return x + self.out(torch.cat(outputs, 1)), state
-
-    def _fixed_keys(self) -> Persistent | None:
-        persistent = self.persistent_tokens()
-        if persistent is None:
-            return None
-        return self.attention.persistent(by_row(self.project(persistent, "fixed", ("k", "v")), 1))
 
     def _enter_segment(self, state: MACState, starts: Tensor | None, initial: MemoryState | None) -> MACState:
         """At a segment's first token: new documents take the initial memory, and the read memory moves on."""

@@ -30,7 +30,11 @@ class Parts(Protocol):
         """How many of `count` heads (or units) this device has."""
 
     def parameter(self, value: Tensor, dim: int | None) -> nn.Parameter:
-        """A parameter with this device's share of `value` along `dim`; None: all of it."""
+        """A parameter with this device's share of `value` along `dim`; None: all of it, shared by all devices.
+
+        A model makes all its parameters here, or in the layers below: what devices share has partial gradients on
+        each where they share the residual stream's tokens, and these are then completed.
+        """
 
     def columns(self, inputs: int, sections: Sections, std: float) -> nn.Module:
         """(x, way, only) -> {section: [..., its share]}; `only`: neighbouring sections, None: all."""

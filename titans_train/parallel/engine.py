@@ -95,13 +95,11 @@ class Engine:
             deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self.stage: int = config["zero_optimization"]["stage"]
         self.accumulation: int = config["gradient_accumulation_steps"]
-        self.clip: float = config["gradient_clipping"]
         self.model, self.mesh = model, mesh
-        self.names = {id(p): n for n, p in model.named_parameters()}
         deepspeed.utils.groups.mpu = None  # an earlier engine's in this process would be asked otherwise
         self._engine, *_ = deepspeed.initialize(
             model=model.to(device()), optimizer=optimizer, model_parameters=model.parameters(), config=config,
-            mpu=DeepSpeedGroups(mesh) if mesh.tensor * mesh.sequence > 1 else None,
+            mpu=DeepSpeedGroups(mesh) if mesh.model > 1 else None,
         )  # fmt: skip
         self._base = optimizer
         self._norm: Tensor | None = None

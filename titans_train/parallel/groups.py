@@ -16,7 +16,7 @@ from titans_train.parallel.mesh import Mesh
 
 def make_groups(mesh: Mesh, timeout_minutes: int) -> None:
     """Collective. megatron-core is imported only where a model is split: it takes seconds."""
-    if mesh.tensor * mesh.sequence == 1:
+    if mesh.model == 1:
         return
     if not torch.cuda.is_available():  # megatron-core 0.16 asks for it where it makes buffers
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
@@ -29,7 +29,7 @@ def make_groups(mesh: Mesh, timeout_minutes: int) -> None:
 
 def leave_groups(mesh: Mesh) -> None:
     """Collective. megatron-core only forgets its groups; their threads and sockets would stay."""
-    if mesh.tensor * mesh.sequence == 1:
+    if mesh.model == 1:
         return
     state = _state()
     groups = (state._global_process_group_list or [None])[1:]  # the first stands for the world
@@ -46,7 +46,7 @@ def tensor_group(mesh: Mesh) -> dist.ProcessGroup:
 
 def data_group(mesh: Mesh) -> dist.ProcessGroup:
     """The ranks with the same weights and other tokens: data-parallel ranks and sequence shards."""
-    if mesh.tensor * mesh.sequence == 1:
+    if mesh.model == 1:
         assert dist.group.WORLD is not None
         return dist.group.WORLD
     return _state().get_data_parallel_group(with_context_parallel=True)  # type: ignore[no-any-return]

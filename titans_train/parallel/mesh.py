@@ -13,16 +13,21 @@ class Mesh:
     sequence: int = 1
 
     def __post_init__(self) -> None:
-        if self.world_size % (self.tensor * self.sequence):
+        if self.world_size % self.model:
             raise ValueError(
                 f"{self.world_size} processes do not form a mesh of tensor {self.tensor} x sequence {self.sequence}; "
-                f"start a multiple of {self.tensor * self.sequence}"
+                f"start a multiple of {self.model}"
             )
+
+    @property
+    def model(self) -> int:
+        """Number of ranks that one model and its sequences are split over."""
+        return self.tensor * self.sequence
 
     @property
     def data(self) -> int:
         """Number of data-parallel ranks."""
-        return self.world_size // (self.tensor * self.sequence)
+        return self.world_size // self.model
 
     @property
     def tensor_rank(self) -> int:
@@ -34,7 +39,7 @@ class Mesh:
 
     @property
     def data_rank(self) -> int:
-        return self.rank // (self.tensor * self.sequence)
+        return self.rank // self.model
 
     @property
     def is_first(self) -> bool:

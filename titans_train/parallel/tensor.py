@@ -1,7 +1,7 @@
 """models/parts.py for tensor-parallel ranks. (megatron_layers.py has the layers.)
 
 With sequence parallelism a parameter that all ranks share (norms of the residual stream, persistent tokens) has a
-partial gradient on each: `sum_shared_gradients` completes it, before ZeRO sees it. Without, it is complete everywhere.
+partial gradient on each: a hook sums it as backward makes it, before ZeRO sees it. Without, it is complete everywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from titans_train.models.parts import Parts, SingleDevice
 from titans_train.parallel.groups import tensor_group
 from titans_train.parallel.mesh import Mesh
-from titans_train.parallel.split import Split, cut_parameter, split_of
+from titans_train.parallel.split import Split, cut_parameter
 
 if TYPE_CHECKING:
     from titans_train.models.parts import Sections
@@ -26,20 +26,6 @@ if TYPE_CHECKING:
 def make_parts(mesh: Mesh, sequence_parallel: bool) -> Parts:
     """The building blocks of a model on this mesh."""
     return SingleDevice() if mesh.tensor == 1 else TensorParallel(mesh, sequence_parallel)
-
-
-def sum_shared_gradients(model: nn.Module, mesh: Mesh) -> None:
-    """Completes the gradients of parameters that all tensor-parallel ranks share, as backward makes them."""
-    ranks = tensor_group(mesh)
-
-    def complete(gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=ranks)
-        return gradient
-
-    for parameter in model.parameters():
-        if split_of(parameter) is None:
-            parameter.register_hook(complete)
 
 
 class TensorParallel:
@@ -59,7 +45,17 @@ class TensorParallel:
         return cut_parameter(whole, Split(dim, self.size, tuple(sections)), self.rank)
 
     def parameter(self, value: Tensor, dim: int | None) -> nn.Parameter:
-        return nn.Parameter(value) if dim is None else self.cut(value, dim)
+        if dim is not None:
+            return self.cut(value, dim)
+        shared = nn.Parameter(value)
+        if self.options["sequence_parallel"]:
+            shared.register_hook(self._complete)
+        return shared
+
+    def _complete(self, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=self.options["ranks"])
+        return gradient
 
     def columns(self, inputs: int, sections: Sections, std: float) -> nn.Module:
         whole = torch.randn(sum(sections.values()), inputs) * std

@@ -19,7 +19,6 @@ from titans_train.monitoring.plot import plot_loss
 from titans_train.monitoring.throughput import measured_peak_flops, peak_memory_bytes
 from titans_train.parallel import Engine, Mesh, agree, make_parts, mean_over_ranks, process_group
 from titans_train.parallel.engine import zero_config
-from titans_train.parallel.tensor import sum_shared_gradients
 from titans_train.plan import Plan
 from titans_train.training import checkpoint, run_folder
 from titans_train.training.checkpoint import Progress
@@ -34,10 +33,7 @@ def build_engine(plan: Plan, mesh: Mesh) -> Engine:
     """Model and optimiser from the plan: the same initial weights on every layout."""
     config = plan.config
     checkpoint.set_seed(config.run.seed)
-    sequence_parallel = config.parallel.sequence_parallel
-    model = LanguageModel(plan.shape, make_parts(mesh, sequence_parallel))
-    if sequence_parallel:
-        sum_shared_gradients(model, mesh)
+    model = LanguageModel(plan.shape, make_parts(mesh, config.parallel.sequence_parallel))
     model.activation_checkpointing = config.training.activation_checkpointing
     settings = zero_config(
         stage=config.parallel.zero_stage,
