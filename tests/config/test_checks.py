@@ -80,6 +80,20 @@ CASES = [
         "64 or 68",
         ["training.sequence_length=68"],
     ),
+    (
+        [
+            "parallel.tensor=4",
+            "parallel.sequence_parallel=true",
+            "model.block=lmm",
+            "memory.chunk_size=15",
+            "training.sequence_length=45",
+            "training.micro_batch_size=1",
+        ],
+        "parallel.sequence_parallel",
+        "1 x 45 tokens of a micro-batch",
+        "use 60 for",
+        ["training.sequence_length=60"],
+    ),
     (["parallel.sequence=4"], "parallel.sequence", "planned, not built yet", "use 1", ["parallel.sequence=1"]),
     (
         ["parallel.sequence_parallel=true"],

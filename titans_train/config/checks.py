@@ -6,6 +6,7 @@ A check reads the config as if it were whole. When a value that it needs is itse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -128,8 +129,16 @@ def tensor(config: RunConfig) -> Iterator[Problem]:
     micro, length = config.training.micro_batch_size, config.training.sequence_length
     if config.parallel.sequence_parallel and micro * length % size:
         message = f"true, but {micro} x {length} tokens of a micro-batch cannot be shared evenly by {size} ranks"
-        remedy = use("training.sequence_length", nearest_multiples(size, length))
+        step = math.lcm(size, _alignment(config))
+        remedy = use("training.sequence_length", nearest_multiples(step, length))
         yield Problem("parallel.sequence_parallel", message, f"{remedy}, or false")
+
+
+def _alignment(config: RunConfig) -> int:
+    """Tokens that a sequence's length must be a multiple of; 1: any."""
+    if config.model.block == "mac":
+        return config.attention.segment or config.memory.chunk_size
+    return 1 if config.model.block == "transformer" else config.memory.chunk_size
 
 
 def precision(config: RunConfig) -> Iterator[Problem]:
