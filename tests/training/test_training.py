@@ -30,6 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
     done = torchrun(2, str(ROOT / "tests/training/worker.py"), str(folder), str(prepared))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     (folder / "console.txt").write_text(done.stdout)
+    (folder / "errors.txt").write_text(done.stderr)
     return folder
 
 
@@ -117,6 +118,7 @@ def test_the_console_shows_the_run_and_not_the_libraries(runs: Path) -> None:
     )  # whole and resumed runs of four stages; moved and bf16; layouts
     for noise in ("Warning", "[INFO]", "deepspeed", "DeepSpeed"):
         assert noise not in console
+    assert "Transformer Engine" not in (runs / "errors.txt").read_text()
 
 
 def test_a_folder_of_another_run_is_refused_and_untouched(runs: Path, prepared: Path) -> None:

@@ -6,6 +6,7 @@ shards), then data; its data-parallel group "with context parallel" is every ran
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -53,7 +54,9 @@ def data_group(mesh: Mesh) -> dist.ProcessGroup:
 
 
 def _state() -> Any:
-    from megatron.core import parallel_state
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on its first import: that Transformer Engine and Apex are not installed
+        from megatron.core import parallel_state
 
     return parallel_state
 

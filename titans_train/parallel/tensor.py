@@ -6,7 +6,6 @@ partial gradient on each: a hook sums it as backward makes it, before ZeRO sees 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +29,7 @@ def make_parts(mesh: Mesh, sequence_parallel: bool) -> Parts:
 
 class TensorParallel:
     def __init__(self, mesh: Mesh, sequence_parallel: bool) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that Transformer Engine and Apex are not installed
-            from titans_train.parallel import megatron_layers
+        from titans_train.parallel import megatron_layers
 
         self.layers = megatron_layers
         self.size, self.rank = mesh.tensor, mesh.tensor_rank
