@@ -16,6 +16,7 @@ from titans_train.config import ConfigError, RunConfig, check_config
 from titans_train.config.checks import feed_forward_width, padded_vocabulary
 from titans_train.plan_memory import Placement, ZeroSizes
 from titans_train.plan_messages import Messages
+from titans_train.plan_sequence import SequencePlan, plan_sequence
 from titans_train.shape import AttentionShape, MemoryShape, ModelShape
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -33,6 +34,7 @@ class Plan:
     world_size: int  # processes
     data_parallel: int  # ranks that see different sequences
     accumulation: int  # micro-batches per rank and optimiser step
+    sequence: SequencePlan  # how sequences are cut, and scans cross the shards
     tokens_per_step: int
     total_tokens: int
     warmup_steps: int
@@ -236,7 +238,8 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> Plan:
     parameters = counts.parameters(shape)
     count = sum(parameters.values())
     accumulation = t.global_batch_size // (data_parallel * t.micro_batch_size)
-    placement = _placement(config, data_parallel, accumulation)
+    sequence = _sequence(config, shape, accumulation)
+    placement = _placement(config, data_parallel, accumulation, sequence)
     by_stage = {stage: memory.memory(shape, placement, stage) for stage in memory.ZERO_STAGES}
     tokens_per_step = t.global_batch_size * t.sequence_length
     return Plan(
@@ -246,6 +249,7 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> Plan:
         world_size=world_size,
         data_parallel=data_parallel,
         accumulation=accumulation,
+        sequence=sequence,
         tokens_per_step=tokens_per_step,
         total_tokens=t.steps * tokens_per_step,
         warmup_steps=config.optimizer.warmup_steps,
@@ -253,19 +257,28 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> Plan:
         flops_by_part=counts.flops_per_token(shape, t.sequence_length),
         memory_bytes=by_stage[config.parallel.zero_stage],
         memory_by_stage=by_stage,
-        zero=memory.zero_sizes(shape, config.parallel.tensor, config.parallel.zero_stage),
+        zero=memory.zero_sizes(shape, placement, config.parallel.zero_stage),
         placement=placement,
         messages=_messages(shape, placement, config.parallel.zero_stage),
         checkpoint_bytes=memory.checkpoint_bytes(count),
     )
 
 
-def _placement(config: RunConfig, replicas: int, accumulation: int) -> Placement:
+def _sequence(config: RunConfig, shape: ModelShape, accumulation: int) -> SequencePlan:
+    t, p = config.training, config.parallel
+    return plan_sequence(
+        shape, shards=p.sequence, length=t.sequence_length, sequences=t.micro_batch_size, tensor=p.tensor,
+        micro_batches=accumulation, stage=p.zero_stage, strategy=p.scan, pieces=p.pieces, wave=p.wave,
+    )  # fmt: skip
+
+
+def _placement(config: RunConfig, replicas: int, accumulation: int, sequence: SequencePlan) -> Placement:
     t, p = config.training, config.parallel
     return Placement(
         tensor=p.tensor, replicas=replicas * p.sequence, sequence_parallel=p.sequence_parallel,
-        item=ITEM_BYTES[config.run.dtype], sequences=t.micro_batch_size, length=t.sequence_length,
-        accumulation=accumulation, checkpointing=t.activation_checkpointing,
+        item=ITEM_BYTES[config.run.dtype], sequences=t.micro_batch_size, length=sequence.length,
+        accumulation=accumulation, checkpointing=t.activation_checkpointing, shards=p.sequence,
+        pieces=sequence.pieces, wave=sequence.wave, strategy=sequence.strategy, carries=t.carry_state,
     )  # fmt: skip
 
 

@@ -24,9 +24,14 @@ class Placement:
     sequence_parallel: bool
     item: int  # bytes of a parameter and an activation
     sequences: int  # of a micro-batch
-    length: int
+    length: int  # tokens of a sequence on a rank: its shard
     accumulation: int
     checkpointing: bool
+    shards: int = 1  # of a sequence
+    pieces: int = 1  # of a scan
+    wave: int = 1  # micro-batches forwarded before their backward
+    strategy: str = "wavefront"
+    carries: bool = False  # rows go on in the next batch
 
     @property
     def tokens(self) -> int:
@@ -46,12 +51,17 @@ class ZeroSizes:
     live: int  # parameters that stage 3 holds whole at once
 
 
-def zero_sizes(shape: ModelShape, tensor: int, stage: int) -> ZeroSizes:
-    """Stages 0 and 1 reduce everything at once, at the end; 2 and 3 a layer (or the table) at a time."""
-    block = sum(counts.block_parameters(shape).values()) // tensor
-    table = shape.padded_vocabulary * shape.width // tensor
-    whole = counts.parameters_per_rank(shape, tensor)
-    return ZeroSizes(whole if stage < 2 else min(whole, max(block, table)), min(whole, 2 * block + table))
+def zero_sizes(shape: ModelShape, at: Placement, stage: int) -> ZeroSizes:
+    """Stages 0 and 1 reduce everything at once, at the end; 2 and 3 a layer (or the table) at a time.
+
+    Over sequence shards stage 2 also waits for the end: a reduction in every layer would stop the wavefront. So does
+    stage 3 with MAC, whose layers hand their state on between the uses of their parameters.
+    """
+    block = sum(counts.block_parameters(shape).values()) // at.tensor
+    table = shape.padded_vocabulary * shape.width // at.tensor
+    whole = counts.parameters_per_rank(shape, at.tensor)
+    at_end = stage < 2 or (at.shards > 1 and (stage == 2 or shape.block == "mac"))
+    return ZeroSizes(whole if at_end else min(whole, max(block, table)), min(whole, 2 * block + table))
 
 
 def memory(shape: ModelShape, at: Placement, stage: int) -> dict[str, int]:
@@ -60,7 +70,7 @@ def memory(shape: ModelShape, at: Placement, stage: int) -> dict[str, int]:
     With a single micro-batch per step gradients come as activations go: counted is what is more than these.
     """
     n = counts.parameters_per_rank(shape, at.tensor)
-    sizes = zero_sizes(shape, at.tensor, stage)
+    sizes = zero_sizes(shape, at, stage)
     states = zero_bytes(n, sizes, stage, at)
     parts = states | {
         "activations": activation_bytes(shape, at),

@@ -133,6 +133,20 @@ CASES = [
         ["model.vocabulary=130"],
     ),
     (
+        ["training.carry_state=true", *RECALL],
+        "training.carry_state",
+        "data.source is recall",
+        "use false",
+        ["training.carry_state=false"],
+    ),
+    (
+        ["training.carry_state=true", "model.block=transformer", "attention.window=null"],
+        "attention.window",
+        "would grow without limit",
+        "use 32",
+        ["attention.window=32"],
+    ),
+    (
         ["training.global_batch_size=9"],
         "training.global_batch_size",
         "micro_batch_size 2",
@@ -172,6 +186,8 @@ def test_a_combination_is_refused_and_its_remedy_accepted(
         ["model.block=lmm", "model.heads=32"],
         ["model.block=mac", "attention.window=4096"],
         ["data.packing=isolate"],
+        ["training.carry_state=true", "model.block=transformer"],
+        ["training.carry_state=true", "model.block=lmm", "attention.window=null"],
     ],
 )
 def test_settings_that_a_block_does_not_use_are_no_error(tmp_path: Path, overrides: list[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from data_prep.sources import find_files
 from data_prep.tokenizer import ByteTokenizer
 from data_prep.write import Settings, prepare
-from titans_train.config.schema import Data, Model, Recall, Run, RunConfig, Training
+from titans_train.config.schema import Attention, Data, Model, Recall, Run, RunConfig, Training
 
 END = 256
 
@@ -43,6 +43,7 @@ def run_config(
     vocabulary: int = 257,
     seed: int = 0,
     recall: Recall | None = None,
+    carry: bool = False,
 ) -> RunConfig:
     data = Data(
         source="shards" if recall is None else "recall",
@@ -52,9 +53,13 @@ def run_config(
         workers=workers,
         recall=recall,
     )
+    training = Training(
+        steps=steps, sequence_length=length, global_batch_size=8, micro_batch_size=micro, carry_state=carry
+    )
     return RunConfig(
         run=Run(name="test", folder=str(runs), seed=seed),
         model=Model(block="transformer", layers=1, width=16, heads=2, vocabulary=vocabulary),
+        attention=Attention(window=length // 2 if carry else None),
         data=data,
-        training=Training(steps=steps, sequence_length=length, global_batch_size=8, micro_batch_size=micro),
+        training=training,
     )

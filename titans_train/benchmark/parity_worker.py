@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 STAGES = [0, 1, 2, 3]
-STEPS, RATE, ROWS, LENGTH, CLIP, VOCABULARY = 3, 1e-3, 8, 16, 0.5, 200  # padded to 256: split, one share has both
+ALONE = {"tensor": 1, "sequence": 1, "data": 1, "sequence_parallel": False, "wave": 1}
+STEPS, RATE, ROWS, LENGTH, CLIP, VOCABULARY = 3, 1e-3, 8, 32, 0.5, 200  # padded to 256: split, one share has both
 
 
 def plan_of(block: str, stage: int, layout: dict[str, Any], dtype: str) -> Any:
@@ -27,6 +28,7 @@ def plan_of(block: str, stage: int, layout: dict[str, Any], dtype: str) -> Any:
         "attention": {"window": 6, "persistent_tokens": 3} | ({"segment": 8} if block == "mac" else {}),
         "parallel": {
             "zero_stage": stage, "tensor": layout["tensor"], "sequence_parallel": layout["sequence_parallel"],
+            "sequence": layout["sequence"], "pieces": 2 if micro > 1 else 1, "wave": layout["wave"],
         },
         "data": {"path": "unused"},
         "training": {"steps": STEPS, "sequence_length": LENGTH, "global_batch_size": ROWS, "micro_batch_size": micro},
@@ -34,7 +36,7 @@ def plan_of(block: str, stage: int, layout: dict[str, Any], dtype: str) -> Any:
     }  # fmt: skip
     if block != "transformer":
         config["memory"] = {"chunk_size": 4, "expansion": 2}
-    return make_plan(RunConfig.model_validate(config), layout["tensor"] * layout["data"])
+    return make_plan(RunConfig.model_validate(config), layout["tensor"] * layout["sequence"] * layout["data"])
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -53,7 +55,7 @@ def reference(block: str) -> list[dict[str, Any]]:
     from titans_train.training.checkpoint import set_seed
     from titans_train.training.optimizer import make_optimizer
 
-    plan = plan_of(block, 0, {"tensor": 1, "data": 1, "sequence_parallel": False}, "float32")
+    plan = plan_of(block, 0, ALONE, "float32")
     set_seed(plan.config.run.seed)
     model = LanguageModel(plan.shape)
     optimizer = make_optimizer(model, plan.config)
@@ -79,7 +81,7 @@ def largest(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     return max(float((got[n].to(g.dtype) - g).norm()) / max(float(g.norm()), 1e-3 * whole) for n, g in want.items())
 
 
-def compare(block: str, stage: int, mesh: Any, sequence_parallel: bool, dtype: str) -> dict[str, Any]:
+def compare(block: str, stage: int, mesh: Any, layout: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Errors of three steps against one process in fp32 (in bf16 of the first only: the next start elsewhere).
 
     gradient: at the first step, where the parameters are the same. later: at the next two, where AdamW has moved
@@ -89,7 +91,6 @@ def compare(block: str, stage: int, mesh: Any, sequence_parallel: bool, dtype: s
     from titans_train.training.loop import build_engine
     from titans_train.training.step import train_step
 
-    layout = {"tensor": mesh.tensor, "data": mesh.data, "sequence_parallel": sequence_parallel}
     plan = plan_of(block, stage, layout, dtype)
     engine, want = build_engine(plan, mesh), reference(block)
     errors = {"gradient": 0.0, "later": 0.0, "norm": 0.0, "parameter": 0.0}
@@ -117,7 +118,7 @@ def double_gradients(block: str, parts: Any, mesh: Any) -> dict[str, Tensor]:
     from titans_train.training.checkpoint import set_seed
 
     set_seed(0)
-    plan = plan_of(block, 0, {"tensor": 1, "data": 1, "sequence_parallel": False}, "float32")
+    plan = plan_of(block, 0, ALONE, "float32")
     model = LanguageModel(plan.shape, parts).double()
     tokens, _ = batch(0)
     hidden, _ = model.hidden(tokens, None, None)
@@ -131,12 +132,11 @@ def double_gradients(block: str, parts: Any, mesh: Any) -> dict[str, Tensor]:
     return {n: join_over_ranks(p, p.grad, mesh) for n, p in model.named_parameters() if p.grad is not None}
 
 
-def compare_double(block: str, mesh: Any, sequence_parallel: bool) -> dict[str, Any]:
+def compare_double(block: str, mesh: Any, layout: dict[str, Any]) -> dict[str, Any]:
     from titans_train.parallel import make_parts
 
     want = double_gradients(block, None, mesh)
-    got = double_gradients(block, make_parts(mesh, sequence_parallel), mesh)
-    layout = {"tensor": mesh.tensor, "data": mesh.data, "sequence_parallel": sequence_parallel}
+    got = double_gradients(block, make_parts(mesh, layout["sequence_parallel"]), mesh)
     return {"block": block, "zero": None, **layout, "kind": "float64", "gradient": largest(got, want)}
 
 
@@ -147,14 +147,13 @@ def work(job: Path) -> None:
     wanted, rows = json.loads(job.read_text()), []
     with process_group() as whole:
         for layout in wanted["layouts"]:
-            with mesh_of(layout["tensor"]) as mesh:
-                shared = layout["sequence_parallel"]
+            with mesh_of(layout["tensor"], layout["sequence"]) as mesh:
                 for block in wanted["blocks"]:
                     for kind in wanted["kinds"]:
                         if kind == "float64":
-                            rows += [compare_double(block, mesh, shared)] if mesh.tensor > 1 else []
+                            rows += [compare_double(block, mesh, layout)] if mesh.model == mesh.tensor > 1 else []
                             continue
                         stages = [s for s in wanted["stages"] if s or kind == "float32"]
-                        rows += [compare(block, stage, mesh, shared, kind) for stage in stages]
+                        rows += [compare(block, stage, mesh, layout, kind) for stage in stages]
         if whole.is_first:
             job.write_text(json.dumps(rows))

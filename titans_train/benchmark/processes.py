@@ -40,7 +40,8 @@ def _start(name: str, ranks: int, job: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        own = [line for line in done.stderr.splitlines() if line.startswith("[rank0]")] or done.stderr.splitlines()
+        lines = done.stderr.splitlines()
+        own = [line for line in lines if line.startswith("[rank")] or lines
         raise RuntimeError(f"{name} on {ranks} ranks failed:\n" + "\n".join([done.stdout[-2000:], *own[-30:]]))
 
 

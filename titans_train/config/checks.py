@@ -71,7 +71,7 @@ def segment(config: RunConfig) -> Iterator[Problem]:
         message = f"{length} is not a multiple of memory.chunk_size {chunk}"
         yield Problem("attention.segment", message, use("attention.segment", nearest_multiples(chunk, length)))
     tokens = config.training.sequence_length
-    if length % chunk == 0 and tokens % length:
+    if length % chunk == 0 and tokens % length and config.parallel.sequence == 1:
         message = f"{tokens} is not a multiple of attention.segment {length}"
         choices = nearest_multiples(length, tokens)
         yield Problem("training.sequence_length", message, use("training.sequence_length", choices))
@@ -80,6 +80,8 @@ def segment(config: RunConfig) -> Iterator[Problem]:
 def chunk(config: RunConfig) -> Iterator[Problem]:
     """MAC's segment is a multiple of the chunk, so there `segment` says it all, unless there is no segment."""
     if config.model.block == "transformer" or (config.model.block == "mac" and config.attention.segment is not None):
+        return
+    if config.parallel.sequence > 1:  # the shards need more
         return
     size, tokens = config.memory.chunk_size, config.training.sequence_length
     if tokens % size:
@@ -99,11 +101,42 @@ def window(config: RunConfig) -> Iterator[Problem]:
         yield Problem("attention.window", message, f"use at most {tokens}")
 
 
-def not_built(config: RunConfig) -> Iterator[Problem]:
-    size = config.parallel.sequence
-    if size > 1:
-        message = f"{size}: splitting the sequence is planned, not built yet; the limit is 1"
-        yield Problem("parallel.sequence", message, "use 1; more processes then hold more sequences of the batch")
+def sequence(config: RunConfig) -> Iterator[Problem]:
+    """A shard holds whole chunks (MAC: segments), and no convolution reaches over a whole one."""
+    shards, length, align = config.parallel.sequence, config.training.sequence_length, _alignment(config)
+    if shards == 1:
+        return
+    if length % (shards * align):
+        unit = "segment" if config.model.block == "mac" else "chunk"
+        what = "tokens" if align == 1 else f"{unit}s of {align} tokens"
+        message = f"{length} cannot be cut into parallel.sequence {shards} equal shards of whole {what}"
+        choices = nearest_multiples(shards * align, length)
+        yield Problem("training.sequence_length", message, use("training.sequence_length", choices))
+    taps = config.memory.convolution
+    if config.model.block != "transformer" and taps - 1 > length // shards:
+        message = f"{shards} shards of {length // shards} tokens are shorter than memory.convolution {taps} - 1 inputs"
+        yield Problem("parallel.sequence", message, f"use at most {max(1, length // max(1, taps - 1))}")
+
+
+def scan(config: RunConfig) -> Iterator[Problem]:
+    """How the scan crosses shards."""
+    parallel, model = config.parallel, config.model
+    if parallel.scan == "affine":
+        linear = config.memory.depth == 1 and not config.memory.residual_norm
+        if model.block in ("transformer", "mac"):
+            message = f"affine, but block {model.block} has no scan over a whole sequence"
+            yield Problem("parallel.scan", message, "use null or wavefront")
+        elif not linear:
+            message = (
+                f"affine needs a linear memory, but memory.depth is {config.memory.depth} and memory.residual_norm "
+                f"{str(config.memory.residual_norm).lower()}"
+            )
+            yield Problem("parallel.scan", message, "use wavefront, or memory.depth 1 with memory.residual_norm false")
+    rows = config.training.micro_batch_size * (1 if model.block == "mac" else model.heads // parallel.tensor)
+    if parallel.sequence > 1 and parallel.pieces is not None and rows and parallel.pieces > rows:
+        of = "sequences" if model.block == "mac" else "sequences x heads"
+        message = f"{parallel.pieces} is more than the {rows} {of} of a micro-batch on a rank"
+        yield Problem("parallel.pieces", message, f"use at most {rows}, or null")
 
 
 def tensor(config: RunConfig) -> Iterator[Problem]:
@@ -126,10 +159,12 @@ def tensor(config: RunConfig) -> Iterator[Problem]:
         message = f"the table's {rows} rows cannot be shared evenly by parallel.tensor {size} ranks"
         remedy = use("model.vocabulary_multiple", nearest_multiples(size, model.vocabulary_multiple))
         yield Problem("model.vocabulary_multiple", message, remedy)
+    shards = config.parallel.sequence
     micro, length = config.training.micro_batch_size, config.training.sequence_length
-    if config.parallel.sequence_parallel and micro * length % size:
-        message = f"true, but {micro} x {length} tokens of a micro-batch cannot be shared evenly by {size} ranks"
-        step = math.lcm(size, _alignment(config))
+    if config.parallel.sequence_parallel and length % shards == 0 and micro * (length // shards) % size:
+        own = length // shards
+        message = f"true, but {micro} x {own} tokens of a micro-batch cannot be shared evenly by {size} ranks"
+        step = shards * math.lcm(size, _alignment(config))
         remedy = use("training.sequence_length", nearest_multiples(step, length))
         yield Problem("parallel.sequence_parallel", message, f"{remedy}, or false")
 
@@ -172,6 +207,19 @@ def recall(config: RunConfig) -> Iterator[Problem]:
         yield Problem("model.vocabulary", message, f"use at least {symbols}")
 
 
+def carried(config: RunConfig) -> Iterator[Problem]:
+    """Rows that go on in the next batch: the data must let them, and what they carry must not grow."""
+    if not config.training.carry_state:
+        return
+    if config.data.source == "recall":
+        message = "true, but data.source is recall, whose sequences do not continue each other"
+        yield Problem("training.carry_state", message, "use false, or data.source shards")
+    if config.model.block == "transformer" and config.attention.window is None:
+        message = "null, but training.carry_state is true: the keys of block transformer would grow without limit"
+        half = max(1, config.training.sequence_length // 2)
+        yield Problem("attention.window", message, f"use {half}, or training.carry_state false")
+
+
 def batch(config: RunConfig) -> Iterator[Problem]:
     whole, micro = config.training.global_batch_size, config.training.micro_batch_size
     if whole % micro:
@@ -211,8 +259,13 @@ def mesh(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
         fitting = [n * model_ranks for n in nearest_divisors(whole // micro, ranks)]
         remedy = use("training.global_batch_size", nearest_multiples(ranks * micro, whole))
         yield Problem("training.global_batch_size", message, f"{remedy}, or {use('the number of processes', fitting)}")
+        return
+    wave, accumulation = config.parallel.wave, whole // (ranks * micro)
+    if whole % micro == 0 and wave is not None and accumulation % wave:
+        message = f"{wave} does not divide the {accumulation} micro-batches that each rank has per step"
+        yield Problem("parallel.wave", message, use("parallel.wave", nearest_divisors(accumulation, wave)))
 
 
 CHECKS: list[Check] = [
-    heads, segment, chunk, window, not_built, tensor, precision, source, recall, batch, schedule,
+    heads, segment, chunk, window, sequence, scan, tensor, precision, source, recall, carried, batch, schedule,
 ]  # fmt: skip

@@ -68,7 +68,13 @@ class Attention(Section):
 
 class Parallel(Section):
     tensor: int = Field(default=1, ge=1, description="neighbouring ranks that share each layer's heads and units")
-    sequence: int = Field(default=1, ge=1, description="ranks that share each sequence; planned, only 1 for now")
+    sequence: int = Field(default=1, ge=1, description="ranks that hold neighbouring shards of each sequence")
+    scan: Literal["wavefront", "affine"] | None = Field(
+        default=None, description="how the memory's scan crosses shards; null: the plan chooses"
+    )
+    pieces: int | None = Field(default=None, ge=1, description="parts of a scan, sent on one by one; null: chosen")
+    wave: int | None = Field(default=None, ge=1, description="micro-batches per backward; null: the plan chooses")
+    timeout_seconds: int = Field(default=600, ge=1, description="a rank that waits longer for another ends the run")
     sequence_parallel: bool = Field(default=False, description="Megatron's: tensor ranks share norms and residuals too")
     zero_stage: int = Field(default=1, ge=0, le=3, description="DeepSpeed's, over the ranks with the same weights")
 
@@ -98,6 +104,9 @@ class Training(Section):
     global_batch_size: int = Field(ge=1, description="sequences per optimiser step, all ranks together")
     micro_batch_size: int = Field(ge=1, description="sequences per rank and forward")
     activation_checkpointing: bool = False
+    carry_state: bool = Field(
+        default=False, description="each row of a batch goes on where it ended in the batch before (truncated backprop)"
+    )
 
 
 class Optimizer(Section):

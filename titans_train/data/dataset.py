@@ -28,13 +28,19 @@ _KEPT_DOCUMENT_BYTES = 64 << 20  # consecutive sequences cut the same documents
 class TokenDataset:
     """Sequences by number over prepared shards. Epochs follow each other without a seam in the numbers.
 
-    `sequences_total`: sequences of one epoch. `dropped_tokens`: positions at an epoch's end that fill no sequence.
+    With `carried_rows` R (training.carry_state), row i of each global batch of R continues row i of the one before: of
+    the E sequences of an epoch, in stream order, it reads its own S = E // R consecutive ones, in S steps. An epoch's
+    last E - R S sequences are dropped.
+
+    `sequences_total`: sequences of one epoch. `dropped_tokens`: positions at an epoch's end that no step reads.
     `padding_share`: of the positions, with isolated documents. `bytes_per_token`: text bytes per token, the
     end-of-document tokens included. `fingerprint`: of the manifest, changes whenever the data does.
     """
 
-    def __init__(self, store: ShardStore, layout: Layout, seed: int, shuffle: bool) -> None:
-        """DataError when the lengths file is damaged or there are too few tokens for one sequence."""
+    def __init__(
+        self, store: ShardStore, layout: Layout, seed: int, shuffle: bool, carried_rows: int | None = None
+    ) -> None:
+        """DataError when the lengths file is damaged or there are too few tokens: for one sequence, or carried row."""
         self._store = store
         self._layout = layout
         self._seed = seed
@@ -46,6 +52,10 @@ class TokenDataset:
                 f"{store.path}, split {store.split}: {len(lengths)} documents of {int(lengths.sum())} tokens fill no "
                 f"sequence of {layout.length}; prepare more data or lower training.sequence_length"
             )
+        self._carried_rows = carried_rows
+        if carried_rows is not None:
+            self._check_rows(carried_rows)
+            self.dropped_tokens += self.sequences_total % carried_rows * layout.length
         self.padding_share = 1 - int(lengths.sum()) / int(layout.slots(lengths).sum())
         self.bytes_per_token: float | None = store.entry.text_bytes / store.entry.tokens
         self.fingerprint = store.fingerprint
@@ -59,23 +69,45 @@ class TokenDataset:
         caches: dict[str, Any] = {"_epochs": OrderedDict(), "_documents": OrderedDict()}
         return {**self.__dict__, **caches, "_lengths": None, "_document_bytes": 0}
 
+    def _check_rows(self, rows: int) -> None:
+        if self.sequences_total < rows:
+            raise DataError(
+                f"{self._store.path}, split {self._store.split}: an epoch has {self.sequences_total} sequences of "
+                f"{self._layout.length}, training.carry_state needs at least one for each of the {rows} rows of a "
+                f"batch; lower training.global_batch_size to at most {self.sequences_total} or "
+                "training.sequence_length, or prepare more data"
+            )
+
     def indices(self, step: int, global_batch_size: int) -> list[int]:
-        """Sequence numbers of global batch `step`, in order."""
-        return list(range(step * global_batch_size, (step + 1) * global_batch_size))
+        """Sequence numbers of global batch `step`, in order; of `carried_rows` rows where they carry."""
+        if self._carried_rows is None:
+            return list(range(step * global_batch_size, (step + 1) * global_batch_size))
+        assert global_batch_size == self._carried_rows
+        span = self.sequences_total // global_batch_size
+        epoch, place = divmod(step, span)
+        return [epoch * self.sequences_total + row * span + place for row in range(global_batch_size)]
 
     def sequence(self, number: int) -> Sample:
         """Sequence `number`, counted through all epochs. DataError names the shard it cannot trust."""
         epoch, index = divmod(number, self.sequences_total)
-        place = sequence_place(index, self.sequences_total, self._seed, epoch, self._shuffle)
-        pieces = self._packing(epoch).pieces(place)
-        return self._isolated(pieces) if self._layout.isolate else self._concatenated(pieces)
+        shuffle = self._shuffle and self._carried_rows is None
+        place = sequence_place(index, self.sequences_total, self._seed, epoch, shuffle)
+        pieces, continues = self._packing(epoch).pieces(place), self._continues(index)
+        return self._isolated(pieces, continues) if self._layout.isolate else self._concatenated(pieces, continues)
 
-    def _concatenated(self, pieces: list[Piece]) -> Sample:
+    def _continues(self, index: int) -> bool | None:
+        """Of an epoch's sequence `index`: False for the first one of a row, None where rows do not carry."""
+        if self._carried_rows is None:
+            return None
+        return index % (self.sequences_total // self._carried_rows) > 0
+
+    def _concatenated(self, pieces: list[Piece], continues: bool | None) -> Sample:
         window = np.concatenate([self._document(piece.document)[piece.begin : piece.end] for piece in pieces])
         stream = torch.from_numpy(window.astype(np.int64))
-        return Sample(stream[:-1].clone(), stream[1:].clone(), None)
+        return Sample(stream[:-1].clone(), stream[1:].clone(), None, continues)
 
-    def _isolated(self, pieces: list[Piece]) -> Sample:
+    def _isolated(self, pieces: list[Piece], continues: bool | None) -> Sample:
+        """A document cut by the sequence's start is a start as well, unless the row carries what came before."""
         length = self._layout.length
         tokens = np.full(length, self._store.manifest.tokenizer.end_of_document, np.int64)
         labels = np.full(length, IGNORE, np.int64)
@@ -87,8 +119,8 @@ class TokenDataset:
             # The document's last token has no next one; a piece cut by the sequence's end has it in the next piece.
             following = document[piece.begin + 1 : piece.end + 1]
             labels[position : position + len(following)] = following
-            starts[position] = True
-        return Sample(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(starts))
+            starts[position] = piece.begin == 0 or not continues
+        return Sample(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(starts), continues)
 
     def _packing(self, epoch: int) -> EpochPacking:
         if epoch not in self._epochs:
@@ -118,8 +150,9 @@ class TokenDataset:
 def open_dataset(config: RunConfig, split: str = "train", alignment: int = 1) -> TokenDataset | RecallDataset:
     """The dataset a run config names. `alignment`: the model's document alignment, ModelShape.document_alignment.
 
-    Training is shuffled where data.shuffle says so; validation is read in one fixed order. DataError: data that is
-    missing, damaged, too little, or does not fit the model.
+    Training is shuffled where data.shuffle says so (only its documents with training.carry_state); validation is read
+    in one fixed order, and its rows do not carry. DataError: data that is missing, damaged, too little, or does not fit
+    the model.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {SPLITS}")
@@ -136,4 +169,6 @@ def open_dataset(config: RunConfig, split: str = "train", alignment: int = 1) ->
             f"{config.model.vocabulary}; raise model.vocabulary to at least {store.manifest.tokenizer.vocabulary}"
         )
     layout = Layout(config.training.sequence_length, config.data.packing == "isolate", alignment)
-    return TokenDataset(store, layout, config.run.seed, shuffle=config.data.shuffle and split == "train")
+    train, training = split == "train", config.training
+    rows = training.global_batch_size if train and training.carry_state else None
+    return TokenDataset(store, layout, config.run.seed, config.data.shuffle and train, rows)

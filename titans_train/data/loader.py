@@ -29,17 +29,22 @@ _STEPS_AHEAD = 2  # per worker
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: tokens, labels [b, L] int64, document_starts [b, L] bool or None, sequence numbers [b]."""
+    """One micro-batch: tokens, labels [b, L] int64, document_starts [b, L] bool or None, sequence numbers [b].
+
+    continues [b] bool: the row goes on where it ended in the global batch before; None without carry_state.
+    """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     document_starts: torch.Tensor | None
     sample_ids: list[int]
+    continues: torch.Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """torch's DataLoader calls this where a GPU is present."""
         starts = self.document_starts.pin_memory() if self.document_starts is not None else None
-        return Batch(self.tokens.pin_memory(), self.labels.pin_memory(), starts, self.sample_ids)
+        continues = self.continues.pin_memory() if self.continues is not None else None
+        return Batch(self.tokens.pin_memory(), self.labels.pin_memory(), starts, self.sample_ids, continues)
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,13 @@ class _RankSteps(TorchDataset[Any]):
     def _batch(self, numbers: list[int]) -> Batch:
         samples: list[Sample] = [self.dataset.sequence(number) for number in numbers]
         starts = [sample.document_starts for sample in samples if sample.document_starts is not None]
+        continues = [sample.continues for sample in samples if sample.continues is not None]
         return Batch(
             tokens=torch.stack([sample.tokens for sample in samples]),
             labels=torch.stack([sample.labels for sample in samples]),
             document_starts=torch.stack(starts) if starts else None,
             sample_ids=numbers,
+            continues=torch.tensor(continues) if continues else None,
         )
 
 

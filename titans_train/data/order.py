@@ -34,7 +34,8 @@ def sequence_place(index: int, total: int, seed: int, epoch: int, shuffle: bool)
     """Which of an epoch's `total` packed sequences is read as its `index`-th.
 
     Consecutive sequences are cut from the same long document; a batch of them would be a batch of one document. So
-    they are shuffled within windows of SEQUENCE_WINDOW, which keeps reading local.
+    they are shuffled within windows of SEQUENCE_WINDOW, which keeps reading local; not where rows carry, since each
+    row of a batch then reads another part of the epoch.
     """
     if not shuffle:
         return index

@@ -3,7 +3,7 @@
 `concatenate`: all documents, each with its end-of-document token, form one stream; sequence i is the window
 [i L, i L + L], whose last token is only a label. `isolate`: each document takes a whole number of alignment
 blocks of the stream, the rest of its last block is padding; sequence i is [i L, i L + L), and a document that
-crosses a sequence's end goes on in the next one as a new start.
+crosses a sequence's end goes on in the next one (as a new start, unless rows carry: TokenDataset).
 """
 
 from __future__ import annotations

@@ -38,9 +38,24 @@ class CausalConvolution(nn.Module):
                 weight[j] += value
             self.weight = parts.parameter(weight, 1)
 
-    def forward(self, x: Tensor, tail: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    def tail(self, x: Tensor, before: Tensor, positions: Tensor | None) -> Tensor:
+        """The last K - 1 inputs after x, which the next call continues from; `before`: those before x.
+
+        A tail must not reach back over the last document's start.
+        """
         if self.taps == 1:
-            return x, tail
+            return before
+        count = self.taps - 1
+        tail = x[:, x.shape[1] - count :] if x.shape[1] >= count else torch.cat([before.to(x.dtype), x], 1)[:, -count:]
+        if positions is None:
+            return tail
+        age = torch.arange(count - 1, -1, -1, device=x.device)
+        return tail * (positions[:, -1:] >= age)[:, :, None]
+
+    def forward(self, x: Tensor, tail: Tensor, positions: Tensor | None) -> Tensor:
+        """x [B, L, D] -> y; `tail`: the K - 1 inputs before x."""
+        if self.taps == 1:
+            return x
         length = x.shape[1]
         padded = torch.cat([tail.to(x.dtype), x], dim=1)
         y = x * self.weight[0]
@@ -49,8 +64,4 @@ class CausalConvolution(nn.Module):
             if positions is not None:
                 shifted = shifted * (positions >= j)[:, :, None]
             y = torch.addcmul(y, shifted, self.weight[j])
-        new_tail = padded[:, padded.shape[1] - (self.taps - 1) :]
-        if positions is not None:  # a tail must not reach back over the last document's start
-            age = torch.arange(self.taps - 2, -1, -1, device=x.device)
-            new_tail = new_tail * (positions[:, -1:] >= age)[:, :, None]
-        return y, new_tail
+        return y

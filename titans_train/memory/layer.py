@@ -24,6 +24,7 @@ from titans_train.memory.state import MemoryState
 from titans_train.shape import MemoryShape, ModelShape
 
 if TYPE_CHECKING:
+    from titans_train.models.neighbours import Neighbours
     from titans_train.models.parts import Parts
 
 Inputs = Mapping[str, Tensor]
@@ -114,19 +115,18 @@ class NeuralMemory(nn.Module):
         """[B, L, H d] -> [B, H, L, d]"""
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
 
-    def query(self, q: Tensor, tail: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """l2-normalised queries [B, H, L, d] of projected ones [B, L, H d], and the convolution's new tail."""
-        q, tail = self.q_conv(q, tail, positions)
-        return F.normalize(self.split(F.silu(q)), dim=-1, eps=1e-6), tail
+    def query(self, q: Tensor, tail: Tensor, positions: Tensor | None) -> Tensor:
+        """l2-normalised queries [B, H, L, d] of projected ones [B, L, H d]."""
+        return F.normalize(self.split(F.silu(self.q_conv(q, tail, positions))), dim=-1, eps=1e-6)
 
     def read(self, q: Tensor, memory: MemoryState, tail: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Reads without writing (MAC's h): heads [B, L, H, d], and the query convolution's new tail."""
-        given = q.dtype
-        q, tail = self.query(q, tail, positions)
+        given, after = q.dtype, self.q_conv.tail(q, tail, positions)
+        q = self.query(q, tail, positions)
         dtype = memory.weights[0].dtype
         gain, bias = (None if p is None else p.to(dtype) for p in self.gain_and_bias())
         y = memory_mlp(q.to(dtype), memory.weights, self.shape.activation, gain, bias)
-        return y.to(given).transpose(1, 2), tail
+        return y.to(given).transpose(1, 2), after
 
     def gate_values(self, given: Inputs) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """alpha, eta, theta, each [B, H, L] in float32 or better; None where switched off."""
@@ -149,20 +149,30 @@ class NeuralMemory(nn.Module):
         state: MemoryLayerState,
         document_starts: Tensor | None = None,
         document_memory: MemoryState | None = None,
+        across: Neighbours | None = None,
         record: bool = True,
     ) -> tuple[Tensor, MemoryLayerState]:
-        """Heads [B, L, H, d]. document_starts: [B, L] bool; there the memory restarts from `document_memory`."""
+        """Heads [B, L, H, d]. document_starts: [B, L] bool; there the memory restarts from `document_memory`.
+
+        across: given, these are a shard's tokens, and `state` is where the first shard starts.
+        """
         positions = document_positions(document_starts)
-        q, q_tail = self.query(given["memory_q"], state.tails[0], positions)
-        k, k_tail = self.k_conv(given["memory_k"], state.tails[1], positions)
-        v, v_tail = self.v_conv(given["memory_v"], state.tails[2], positions)
+        raw, tails = [given["memory_q"], given["memory_k"], given["memory_v"]], state.tails
+        convolutions = [self.q_conv, self.k_conv, self.v_conv]
+        after = tuple(c.tail(x, t, positions) for c, x, t in zip(convolutions, raw, tails, strict=True))
+        if across is not None and self.shape.convolution > 1:
+            raw[0] = across.send("tails", raw[0], after)
+            tails = tuple(across.receive("tails", tails))  # type: ignore[assignment]
+        q = self.query(raw[0], tails[0], positions)
+        k, v = self.k_conv(raw[1], tails[1], positions), self.v_conv(raw[2], tails[2], positions)
         k, v = F.normalize(self.split(F.silu(k)), dim=-1, eps=1e-6), self.split(F.silu(v))
         if self.shape.normalize_values:
             v = F.normalize(v, dim=-1, eps=1e-6)
         alpha, eta, theta = self.gate_values(given)
         surprises: list[Tensor] | None = [] if record and self.records is not None else None
         gain, bias = self.gain_and_bias()
-        y, memory = memory_scan(
+        scan = memory_scan if across is None else across.scan
+        y, memory = scan(
             q, k, v, alpha, eta, theta, state.memory,
             chunk_size=self.shape.chunk_size, activation=self.shape.activation, gain=gain, bias=bias,
             document_starts=document_starts, document_state=document_memory,
@@ -170,7 +180,7 @@ class NeuralMemory(nn.Module):
         )  # fmt: skip
         if surprises:
             self._record(surprises, alpha, eta, theta, memory)
-        return y.transpose(1, 2), MemoryLayerState(memory, (q_tail, k_tail, v_tail))
+        return y.transpose(1, 2), MemoryLayerState(memory, after)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _record(
@@ -186,6 +196,6 @@ class NeuralMemory(nn.Module):
 
         assert self.records is not None
         self.records.append({
-            "surprise": torch.cat(surprises, dim=1).mean(), "alpha": mean(alpha), "eta": mean(eta),
+            "surprise": torch.cat([s.flatten() for s in surprises]).mean(), "alpha": mean(alpha), "eta": mean(eta),
             "theta": mean(theta), "weight_norm": norm(memory.weights), "momentum_norm": norm(memory.momentum),
         })  # fmt: skip

@@ -59,6 +59,18 @@ class Sequence:
     document_weights: list[Tensor]  # [n, d_in, d_out]; empty without document starts
     document_momentum: list[Tensor]
 
+    def part(self, rows: slice) -> Sequence:
+        """Some of the rows."""
+
+        def cut(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[rows]
+
+        norm = None if self.norm is None else Norm(self.norm.gain[rows], self.norm.bias[rows])
+        return Sequence(
+            self.q[rows], self.k[rows], self.v[rows], self.keep[rows], cut(self.eta), self.theta[rows], self.act, norm,
+            cut(self.starts), [w[rows] for w in self.document_weights], [s[rows] for s in self.document_momentum],
+        )  # fmt: skip
+
     def coefficients(self, segment: Segment) -> tuple[Tensor, Tensor | None, Coefficients]:
         """keep and eta of the segment, [n, chunks, size], and the coefficients made of them."""
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titans_train.memory.layer import Inputs
-from titans_train.models.layers import rotate
+from titans_train.models.layers import rotate, turn
+from titans_train.models.neighbours import UNCUT, Neighbours
 from titans_train.models.parts import Parts
 from titans_train.shape import ModelShape
 
@@ -25,7 +26,15 @@ class AttentionState:
     keys: Tensor  # [B, H, C, d]
     values: Tensor  # [B, H, C, d]
     valid: Tensor  # [B, C] bool
-    position: int  # of the next token
+    position: int  # of the next token, counted from where this call's sequence begins
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.keys, self.values, self.valid
+
+    def from_here(self, base: float) -> AttentionState:
+        """The same with the next token at position 0: a new batch begins there."""
+        back = torch.tensor([-self.position], dtype=torch.float64, device=self.keys.device)
+        return AttentionState(turn(self.keys, back, base), self.values, self.valid, 0)
 
 
 @dataclass(frozen=True)
@@ -51,10 +60,10 @@ class Attention:
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
 
-    def initial_state(self, x: Tensor) -> AttentionState:
-        """x: [B, ...] of the model's dtype."""
-        empty = x.new_zeros(x.shape[0], self.heads, 0, self.head_dim)
-        return AttentionState(empty, empty, torch.zeros(x.shape[0], 0, dtype=torch.bool, device=x.device), 0)
+    def initial_state(self, x: Tensor, reach: int = 0) -> AttentionState:
+        """x: [B, ...] of the model's dtype; reach: places for keys that are not there."""
+        empty = x.new_zeros(x.shape[0], self.heads, reach, self.head_dim)
+        return AttentionState(empty, empty, torch.zeros(x.shape[0], reach, dtype=torch.bool, device=x.device), 0)
 
     def persistent(self, given: Inputs | None) -> Persistent | None:
         """Keys and values of persistent tokens, projected: [1, P, H d]."""
@@ -66,32 +75,50 @@ class Attention:
         state: AttentionState | None = None,
         persistent: Inputs | None = None,
         document_starts: Tensor | None = None,
+        across: Neighbours = UNCUT,
     ) -> tuple[Tensor, AttentionState]:
         """persistent: what is given of the persistent tokens. document_starts: [B, L] bool."""
         x = given["q"]
-        state = self.initial_state(x) if state is None else state
-        first, length = state.position, x.shape[1]
-        plain = self.split(x)
-        q = rotate(plain, first, self.base)
-        k, v = rotate(self.split(given["k"]), first, self.base), self.split(given["v"])
-        keys, values = torch.cat([state.keys.to(k.dtype), k], 2), torch.cat([state.values.to(v.dtype), v], 2)
-        fixed = self.persistent(persistent)
-        documents = _document_ids(state.valid, document_starts, length)
+        state = self.initial_state(x, across.reach(self.window)) if state is None else state
+        first = state.position + across.position
+        plain, v = self.split(x), self.split(given["v"])
+        k = rotate(self.split(given["k"]), first, self.base)
+        ready = self.window is not None and self.window - 1 <= k.shape[2]  # what goes on is of these tokens alone
+        before = state if ready else self._before(across, state, first)
+        after = self._after(before, k, v, document_starts, first)
+        plain = across.send("window", plain, after.tensors())
+        if ready:
+            before = self._before(across, state, first)
+        keys, values = torch.cat([before.keys.to(k.dtype), k], 2), torch.cat([before.values.to(v.dtype), v], 2)
+        documents = _document_ids(before.valid, document_starts, k.shape[2])
+        q, fixed = rotate(plain, first, self.base), self.persistent(persistent)
         if self.window is None:
             y = full_attention(q, plain, keys, values, documents, fixed)
         else:
             y = window_attention(q, plain, keys, values, documents, fixed, self.window)
-        keep = keys.shape[2] if self.window is None else min(self.window - 1, keys.shape[2])
-        kept = slice(keys.shape[2] - keep, None)
-        new = AttentionState(
-            keys[:, :, kept], values[:, :, kept], self._valid(documents, state, keep, x), first + length
-        )
-        return y.transpose(1, 2), new
+        return y.transpose(1, 2), after
 
-    def _valid(self, documents: Tensor | None, state: AttentionState, keep: int, x: Tensor) -> Tensor:
+    def _before(self, across: Neighbours, state: AttentionState, first: int) -> AttentionState:
+        keys, values, valid = across.receive("window", state.tensors())
+        return AttentionState(keys, values, valid, first)
+
+    def _after(self, before: AttentionState, k: Tensor, v: Tensor, starts: Tensor | None, first: int) -> AttentionState:
+        """What the tokens to the right see: the last `window - 1` keys, those of the last token's document valid."""
+        length = k.shape[2]
+        total = before.keys.shape[2] + length
+        keep = total if self.window is None else min(self.window - 1, total)
+
+        def last(old: Tensor, new: Tensor) -> Tensor:
+            if keep <= length:
+                return new[:, :, length - keep :]
+            return torch.cat([old.to(new.dtype), new], 2)[:, :, -keep:]
+
+        documents = _document_ids(before.valid, starts, length)
         if documents is None:
-            return torch.ones(x.shape[0], keep, dtype=torch.bool, device=x.device)
-        return (documents == documents[:, -1:])[:, documents.shape[1] - keep :]
+            valid = torch.ones(k.shape[0], keep, dtype=torch.bool, device=k.device)
+        else:
+            valid = (documents == documents[:, -1:])[:, total - keep :]
+        return AttentionState(last(before.keys, k), last(before.values, v), valid, first + length)
 
 
 def _document_ids(valid: Tensor, document_starts: Tensor | None, length: int) -> Tensor | None:

@@ -19,6 +19,7 @@ from titans_train.memory.learned import Learned
 from titans_train.memory.state import MemoryState
 from titans_train.models.attention import Attention, AttentionState, attention_sections
 from titans_train.models.layers import FeedForward, HeadNorm, RMSNorm
+from titans_train.models.neighbours import UNCUT, Neighbours
 from titans_train.models.parts import Parts
 from titans_train.shape import ModelShape
 
@@ -63,7 +64,12 @@ class MemoryBranch(nn.Module):
         return state.memory.at_border(), heads
 
     def forward(
-        self, given: Inputs, state: MemoryLayerState | None, persistent: Inputs | None, document_starts: Tensor | None
+        self,
+        given: Inputs,
+        state: MemoryLayerState | None,
+        persistent: Inputs | None,
+        document_starts: Tensor | None,
+        across: Neighbours,
     ) -> tuple[Tensor, MemoryLayerState, Tensor | None]:
         """Heads [B, L, H, d], the state, and the heads of the persistent tokens [1, P, H, d]."""
         start, persistent_heads = None, None
@@ -71,16 +77,18 @@ class MemoryBranch(nn.Module):
             start, persistent_heads = self.after_persistent(persistent)
         if state is None:
             state = self.memory.initial_state(given["memory_q"], start)
-        heads, state = self.memory(given, state, document_starts, start)
+        heads, state = self.memory(given, state, document_starts, start, across)
         return heads, state, persistent_heads
 
 
 class Block(nn.Module):
     """Common frame. Subclasses set up their mixer and define `mix`."""
 
-    def __init__(self, shape: ModelShape, parts: Parts) -> None:
+    holds_parameters = False  # True: a sharded optimiser must gather all its parameters before its forward
+
+    def __init__(self, shape: ModelShape, parts: Parts, across: Neighbours = UNCUT) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.across = shape, across
         width, eps = shape.width, shape.norm_eps
         self.norm = RMSNorm(width, eps, parts)
         self.feed_forward_norm = RMSNorm(width, eps, parts)
@@ -113,8 +121,8 @@ class Block(nn.Module):
 class TransformerBlock(Block):
     """Transformer++: RMSNorm, RoPE, SwiGLU."""
 
-    def __init__(self, shape: ModelShape, parts: Parts) -> None:
-        super().__init__(shape, parts)
+    def __init__(self, shape: ModelShape, parts: Parts, across: Neighbours = UNCUT) -> None:
+        super().__init__(shape, parts, across)
         self.project = parts.columns(shape.width, attention_sections(shape), shape.initializer_std)
         self.attention = Attention(shape, parts)
         self.out = parts.rows(shape.width, shape.width, output_std(shape))
@@ -123,7 +131,7 @@ class TransformerBlock(Block):
         self, x: Tensor, batch: int, state: BlockState | None, document_starts: Tensor | None
     ) -> tuple[Tensor, BlockState]:
         given = by_row(self.project(self.norm(x)), batch)
-        heads, new = self.attention(given, state.attention if state else None, None, document_starts)
+        heads, new = self.attention(given, state.attention if state else None, None, document_starts, self.across)
         return x + self.out(heads.flatten(2)), BlockState(attention=new)
 
 
@@ -148,10 +156,11 @@ class MemoryMixer(nn.Module):
         state: MemoryLayerState | None,
         persistent: Inputs | None,
         document_starts: Tensor | None,
+        across: Neighbours,
     ) -> tuple[Tensor, MemoryLayerState, Tensor | None]:
         """Output [N, D], the state, and the gated heads of the persistent tokens [1, P, H d]."""
         given = by_row(self.project(x), batch)
-        heads, state, fixed = self.branch(given, state, persistent, document_starts)
+        heads, state, fixed = self.branch(given, state, persistent, document_starts, across)
         at_persistent = None if fixed is None or persistent is None else self.gated(fixed, persistent)
         return self.out(self.gated(heads, given)), state, at_persistent
 
@@ -159,15 +168,15 @@ class MemoryMixer(nn.Module):
 class LMMBlock(Block):
     """The memory as the only sequence layer: o = M([P | x])."""
 
-    def __init__(self, shape: ModelShape, parts: Parts) -> None:
-        super().__init__(shape, parts)
+    def __init__(self, shape: ModelShape, parts: Parts, across: Neighbours = UNCUT) -> None:
+        super().__init__(shape, parts, across)
         self.mixer = MemoryMixer(shape, parts)
 
     def mix(
         self, x: Tensor, batch: int, state: BlockState | None, document_starts: Tensor | None
     ) -> tuple[Tensor, BlockState]:
-        carried = state.memory if state else None
-        y, new, _ = self.mixer(self.norm(x), batch, carried, self.fixed(self.mixer.project), document_starts)
+        carried, persistent = state.memory if state else None, self.fixed(self.mixer.project)
+        y, new, _ = self.mixer(self.norm(x), batch, carried, persistent, document_starts, self.across)
         return x + y, BlockState(memory=new)
 
 
@@ -187,8 +196,8 @@ class Gating(nn.Module):
 class MAGBlock(Block):
     """Memory as gate: y = SWA([P | x]), o = y (x) M([P | x])."""
 
-    def __init__(self, shape: ModelShape, parts: Parts) -> None:
-        super().__init__(shape, parts)
+    def __init__(self, shape: ModelShape, parts: Parts, across: Neighbours = UNCUT) -> None:
+        super().__init__(shape, parts, across)
         sections = attention_sections(shape) | memory_sections(shape)
         self.project = parts.columns(shape.width, sections, shape.initializer_std)
         self.attention = Attention(shape, parts)
@@ -200,16 +209,17 @@ class MAGBlock(Block):
         self, x: Tensor, batch: int, state: BlockState | None, document_starts: Tensor | None
     ) -> tuple[Tensor, BlockState]:
         given, persistent = by_row(self.project(self.norm(x)), batch), self.fixed(self.project)
-        attended, attention = self.attention(given, state.attention if state else None, persistent, document_starts)
-        remembered, memory, _ = self.branch(given, state.memory if state else None, persistent, document_starts)
+        before = BlockState() if state is None else state
+        attended, attention = self.attention(given, before.attention, persistent, document_starts, self.across)
+        remembered, memory, _ = self.branch(given, before.memory, persistent, document_starts, self.across)
         return x + self.out(self.gating(attended, remembered)), BlockState(attention, memory)
 
 
 class MALBlock(Block):
     """Memory as layer: o = SWA(M([P | x])), both residual; attention sees the memory's output at P as well."""
 
-    def __init__(self, shape: ModelShape, parts: Parts) -> None:
-        super().__init__(shape, parts)
+    def __init__(self, shape: ModelShape, parts: Parts, across: Neighbours = UNCUT) -> None:
+        super().__init__(shape, parts, across)
         self.mixer = MemoryMixer(shape, parts)
         self.attention_norm = RMSNorm(shape.width, shape.norm_eps, parts)
         self.project = parts.columns(shape.width, attention_sections(shape), shape.initializer_std)
@@ -219,13 +229,14 @@ class MALBlock(Block):
     def mix(
         self, x: Tensor, batch: int, state: BlockState | None, document_starts: Tensor | None
     ) -> tuple[Tensor, BlockState]:
-        carried = state.memory if state else None
-        persistent = self.fixed(self.mixer.project)
-        y, memory, at_persistent = self.mixer(self.norm(x), batch, carried, persistent, document_starts)
+        before, persistent = BlockState() if state is None else state, self.fixed(self.mixer.project)
+        y, memory, at_persistent = self.mixer(
+            self.norm(x), batch, before.memory, persistent, document_starts, self.across
+        )
         x, seen = x + y, None
         if at_persistent is not None:
             tokens = self.persistent_tokens() + self.mixer.out(at_persistent, "fixed")[0]
             seen = by_row(self.project(self.attention_norm(tokens), "fixed"), 1)
         given = by_row(self.project(self.attention_norm(x)), batch)
-        heads, attention = self.attention(given, state.attention if state else None, seen, document_starts)
+        heads, attention = self.attention(given, before.attention, seen, document_starts, self.across)
         return x + self.out(heads.flatten(2)), BlockState(attention, memory)

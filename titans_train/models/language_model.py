@@ -46,7 +46,8 @@ class LanguageModel(nn.Module):
         std = shape.initializer_std
         table = (shape.vocabulary, shape.padded_vocabulary, shape.width, std)
         self.embedding = self.parts.table(*table)
-        self.blocks = nn.ModuleList(BLOCK_TYPES[shape.block](shape, self.parts) for _ in range(shape.layers))
+        block = BLOCK_TYPES[shape.block]
+        self.blocks = nn.ModuleList(block(shape, self.parts, self.parts.neighbours(n)) for n in range(shape.layers))
         self.norm = RMSNorm(shape.width, shape.norm_eps, self.parts)
         self.head = None if shape.tied_head else self.parts.table(*table)
 
@@ -58,7 +59,9 @@ class LanguageModel(nn.Module):
         for n, block in enumerate(self.blocks):
             carried = None if state is None else state.blocks[n]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, new = checkpoint(block, x, batch, carried, document_starts, use_reentrant=False)
+                assert isinstance(block, Block)
+                again = block.across.contexts
+                x, new = checkpoint(block, x, batch, carried, document_starts, use_reentrant=False, context_fn=again)
             else:
                 x, new = block(x, batch, carried, document_starts)
             states.append(new)

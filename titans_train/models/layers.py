@@ -48,9 +48,14 @@ class FeedForward(nn.Module):
 
 def rotate(x: Tensor, first: int, base: float) -> Tensor:
     """Rotary position embedding of x [B, H, L, d] at positions first, first + 1, ... (angles in float64)."""
-    length, d = x.shape[-2:]
+    return turn(x, torch.arange(first, first + x.shape[-2], device=x.device, dtype=torch.float64), base)
+
+
+def turn(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """x [B, H, L, d] moved on by `positions` (float64 [L] or [1])."""
+    d = x.shape[-1]
     frequency = base ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d)
-    angle = torch.arange(first, first + length, device=x.device, dtype=torch.float64)[:, None] * frequency
+    angle = positions[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., : d // 2], x[..., d // 2 :]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

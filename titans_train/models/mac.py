@@ -11,6 +11,7 @@ stream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +29,9 @@ from titans_train.models.attention import (
 )
 from titans_train.models.blocks import Block, Gating, by_row, output_std
 from titans_train.models.layers import HeadNorm, rotate
+from titans_train.models.neighbours import UNCUT, Neighbours
 from titans_train.models.parts import Parts
+from titans_train.models.tree import join_rows, take_rows
 from titans_train.shape import ModelShape
 
 
@@ -45,10 +48,27 @@ class MACState:
     values: Tensor
     position: int  # tokens of the segment already seen
 
+    def chain(self) -> tuple[Tensor, ...]:
+        """What goes on from one segment to the next."""
+        memory = self.memory.memory
+        return (*memory.weights, *memory.momentum, *self.memory.tails, self.read_tail)
+
+    def with_chain(self, chain: Sequence[Tensor]) -> MACState:
+        """The same with the values of another `chain()`, at a segment's end."""
+        if self.position:
+            return self
+        memory, depth = self.memory.memory, len(self.memory.memory.weights)
+        count = depth + len(memory.momentum)
+        new = MemoryState(tuple(chain[:depth]), tuple(chain[depth:count]))
+        q, k, v, read = chain[count:]
+        return replace(self, memory=MemoryLayerState(new, (q, k, v)), read_memory=new, read_tail=read)
+
 
 class MACBlock(Block):
-    def __init__(self, shape: ModelShape, parts: Parts) -> None:
-        super().__init__(shape, parts)
+    holds_parameters = True  # between receiving its chain and sending it on it must not wait for any
+
+    def __init__(self, shape: ModelShape, parts: Parts, across: Neighbours = UNCUT) -> None:
+        super().__init__(shape, parts, across)
         assert shape.attention.segment is not None
         self.segment = shape.attention.segment
         sections = attention_sections(shape) | memory_sections(shape)
@@ -75,25 +95,41 @@ class MACBlock(Block):
             assert initial is not None
             state = self.initial_state(given["q"], initial)
         fixed = self.attention.persistent(self.fixed(self.project, ("k", "v")))
-        outputs, start, length = [], 0, given["q"].shape[1]
-        while start < length:
-            stop = min(start + self.segment - state.position, length)
-            starts = None if document_starts is None else document_starts[:, start:stop]
-            piece = {name: value[:, start:stop] for name, value in given.items()}
-            y, state = self._piece(piece, state, fixed, starts, initial)
+        outputs, states = [], []
+        for number, rows in enumerate(self.across.pieces(batch)):
+            part = {name: value[rows] for name, value in given.items()}
+            starts = None if document_starts is None else document_starts[rows]
+            y, new = self._rows(part, take_rows(state, rows), fixed, starts, initial, number)
             outputs.append(y)
-            start = stop
-        return x + self.out(torch.cat(outputs, 1)), state
+            states.append(new)
+        return x + self.out(torch.cat(outputs)), join_rows(states)
+
+    def _rows(
+        self,
+        given: Inputs,
+        state: MACState,
+        fixed: Persistent | None,
+        starts: Tensor | None,
+        initial: MemoryState | None,
+        number: int,
+    ) -> tuple[Tensor, MACState]:
+        """All segments of some rows, [B, L, H d] -> [B, L, H d]: the memory's chain goes through them."""
+        state = state.with_chain(self.across.receive("chain", state.chain(), number))
+        outputs, first, length = [], 0, given["q"].shape[1]
+        while first < length:
+            stop = min(first + self.segment - state.position, length)
+            piece = {name: value[:, first:stop] for name, value in given.items()}
+            y, state = self._piece(piece, state, fixed, None if starts is None else starts[:, first:stop], initial)
+            outputs.append(y)
+            first = stop
+        return self.across.send("chain", torch.cat(outputs, 1), state.chain(), number), state
 
     def _enter_segment(self, state: MACState, starts: Tensor | None, initial: MemoryState | None) -> MACState:
         """At a segment's first token: new documents take the initial memory, and the read memory moves on."""
         memory = state.memory.memory
         if starts is not None and initial is not None:
             memory = memory.replace_rows(starts[:, 0], initial)
-        empty = state.keys[:, :, :0]
-        return MACState(
-            replace(state.memory, memory=memory), memory.at_border(), state.read_tail, empty, empty, empty, empty, 0
-        )
+        return replace(state, memory=replace(state.memory, memory=memory), read_memory=memory.at_border())
 
     def _piece(
         self,
@@ -122,7 +158,13 @@ class MACBlock(Block):
         # The memory rows of new documents are in place already: here only the convolutions restart.
         remembered, memory = self.memory(y, state.memory, *self._restart(starts, state))
         position = (state.position + heads.shape[1]) % self.segment
-        return self.gating(heads, remembered), replace(state, memory=memory, read_tail=read_tail, position=position)
+        state = replace(state, memory=memory, read_tail=read_tail, position=position)
+        return self.gating(heads, remembered), state if position else self._leave_segment(state)
+
+    def _leave_segment(self, state: MACState) -> MACState:
+        """At a segment's end its keys are done with."""
+        empty = state.keys[:, :, :0]
+        return replace(state, context_keys=empty, context_values=empty, keys=empty, values=empty)
 
     def _restart(self, starts: Tensor | None, state: MACState) -> tuple[Tensor | None, MemoryState | None]:
         return (None, None) if starts is None else (starts, state.read_memory)

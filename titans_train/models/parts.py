@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titans_train.models.neighbours import UNCUT, Neighbours
+
 Way = Literal["tokens", "whole", "heads", "fixed"]
 Sections = dict[str, int]  # outputs of a columns layer: name -> width over all devices, in order
 
@@ -35,6 +37,15 @@ class Parts(Protocol):
         A model makes all its parameters here, or in the layers below: what devices share has partial gradients on
         each where they share the residual stream's tokens, and these are then completed.
         """
+
+    def neighbours(self, layer: int) -> Neighbours:
+        """What this layer exchanges with the other shards of its sequence."""
+
+    def shard(self, x: Tensor) -> Tensor:
+        """The tokens of this device's shard: [B, L] of whole sequences -> [B, its tokens]."""
+
+    def finish(self) -> None:
+        """After a backward, or a forward without one: waits until what was sent to other shards has arrived."""
 
     def columns(self, inputs: int, sections: Sections, std: float) -> nn.Module:
         """(x, way, only) -> {section: [..., its share]}; `only`: neighbouring sections, None: all."""
@@ -107,6 +118,15 @@ class Table(nn.Module):
 
 class SingleDevice:
     """Everything on one device."""
+
+    def neighbours(self, layer: int) -> Neighbours:
+        return UNCUT
+
+    def shard(self, x: Tensor) -> Tensor:
+        return x
+
+    def finish(self) -> None:
+        pass
 
     def share(self, count: int) -> int:
         return count

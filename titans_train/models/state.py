@@ -22,6 +22,7 @@ from titans_train.memory.state import MemoryState
 from titans_train.models.attention import AttentionState
 from titans_train.models.blocks import BlockState
 from titans_train.models.mac import MACState
+from titans_train.models.tree import map_tensors
 from titans_train.shape import ModelShape
 
 
@@ -50,7 +51,8 @@ class ModelState:
         return state
 
     def detach(self) -> ModelState:
-        return _map(self, torch.Tensor.detach)
+        state: ModelState = map_tensors(torch.Tensor.detach, self)
+        return state
 
 
 def load_tensor(path: str | Path, name: str) -> Tensor:
@@ -103,15 +105,3 @@ def _put_together(tree: Any, file: Any) -> Any:
             return file.get_tensor(tree["tensor"])
         return TYPES[tree["type"]](**{k: _put_together(v, file) for k, v in tree["fields"].items()})
     return tree
-
-
-def _map(value: Any, function: Any) -> Any:
-    """`value` with every tensor replaced by function(tensor)."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple):
-        return tuple(_map(v, function) for v in value)
-    if is_dataclass(value):
-        kind: Any = type(value)
-        return kind(**{f.name: _map(getattr(value, f.name), function) for f in fields(value)})
-    return value

@@ -96,6 +96,9 @@ class Engine:
         self.stage: int = config["zero_optimization"]["stage"]
         self.accumulation: int = config["gradient_accumulation_steps"]
         self.model, self.mesh = model, mesh
+        whole = {type(m) for m in model.modules() if getattr(m, "holds_parameters", False)}
+        if self.stage == 3 and mesh.sequence > 1 and whole:  # else shards would wait for each other in a circle
+            deepspeed.utils.set_z3_leaf_modules(model, list(whole))
         deepspeed.utils.groups.mpu = None  # an earlier engine's in this process would be asked otherwise
         self._engine, *_ = deepspeed.initialize(
             model=model.to(device()), optimizer=optimizer, model_parameters=model.parameters(), config=config,

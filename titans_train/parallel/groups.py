@@ -7,6 +7,7 @@ shards), then data; its data-parallel group "with context parallel" is every ran
 from __future__ import annotations
 
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,11 +15,15 @@ import torch.distributed as dist
 
 from titans_train.parallel.mesh import Mesh
 
+# Messages between neighbouring shards, by direction ("rightward", "leftward").
+_edges: dict[str, dist.ProcessGroup] = {}
 
-def make_groups(mesh: Mesh, timeout_minutes: int) -> None:
+
+def make_groups(mesh: Mesh, timeout: timedelta, edge_timeout: timedelta) -> None:
     """Collective. megatron-core is imported only where a model is split: it takes seconds."""
     if mesh.model == 1:
         return
+    timeout_minutes = max(1, int(timeout.total_seconds() // 60))
     if not torch.cuda.is_available():  # megatron-core 0.16 asks for it where it makes buffers
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     state = _state()
@@ -26,6 +31,24 @@ def make_groups(mesh: Mesh, timeout_minutes: int) -> None:
         tensor_model_parallel_size=mesh.tensor, context_parallel_size=mesh.sequence,
         distributed_timeout_minutes=timeout_minutes, create_gloo_process_groups=False,
     )  # fmt: skip
+    if mesh.sequence > 1:
+        _make_edges(mesh, edge_timeout)
+
+
+def _make_edges(mesh: Mesh, timeout: timedelta) -> None:
+    """A group for each direction: in one, NCCL would let messages to the left wait for those to the right."""
+    for first in range(0, mesh.world_size, mesh.model):
+        for tensor_rank in range(mesh.tensor):
+            shards = [first + tensor_rank + shard * mesh.tensor for shard in range(mesh.sequence)]
+            for direction in ("rightward", "leftward"):
+                group = dist.new_group(shards, timeout=timeout)  # every process makes every group
+                if mesh.rank in shards:
+                    _edges[direction] = group
+
+
+def edge_group(direction: str) -> dist.ProcessGroup:
+    """The shards of this rank's sequences, for messages "rightward" or "leftward" (and from the last to the first)."""
+    return _edges[direction]
 
 
 def leave_groups(mesh: Mesh) -> None:
@@ -35,13 +58,15 @@ def leave_groups(mesh: Mesh) -> None:
     state = _state()
     groups = (state._global_process_group_list or [None])[1:]  # the first stands for the world
     state.destroy_model_parallel()
+    groups += list(_edges.values())
+    _edges.clear()
     for group in groups:
         dist.destroy_process_group(group)
 
 
 def tensor_group(mesh: Mesh) -> dist.ProcessGroup:
     """The ranks that hold the shares of this rank's weights."""
-    assert mesh.tensor > 1
+    assert mesh.model > 1
     return _state().get_tensor_model_parallel_group()  # type: ignore[no-any-return]
 
 

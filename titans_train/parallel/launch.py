@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titans_train.errors import UserError
-from titans_train.parallel.groups import data_group, leave_groups, make_groups
+from titans_train.parallel.groups import data_group, edge_group, leave_groups, make_groups
 from titans_train.parallel.mesh import Mesh
 
 T = TypeVar("T")
@@ -28,10 +28,10 @@ def device() -> torch.device:
 
 
 @contextmanager
-def process_group(tensor: int = 1, sequence: int = 1) -> Iterator[Mesh]:
+def process_group(tensor: int = 1, sequence: int = 1, edge_timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
     """Joins the group that torchrun describes in the environment, or a group of one; leaves it at the end.
 
-    ValueError if the processes do not form the mesh.
+    edge_timeout: how long a rank waits for a neighbouring shard. ValueError if the processes do not form the mesh.
     """
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
@@ -42,17 +42,17 @@ def process_group(tensor: int = 1, sequence: int = 1) -> Iterator[Mesh]:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     try:
-        with mesh_of(tensor, sequence) as mesh:
+        with mesh_of(tensor, sequence, edge_timeout) as mesh:
             yield mesh
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def mesh_of(tensor: int = 1, sequence: int = 1) -> Iterator[Mesh]:
+def mesh_of(tensor: int = 1, sequence: int = 1, edge_timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
     """The processes that have joined as a mesh, with its groups. Collective."""
     mesh = Mesh(dist.get_rank(), dist.get_world_size(), tensor, sequence)
-    make_groups(mesh, int(TIMEOUT.total_seconds() // 60))
+    make_groups(mesh, TIMEOUT, edge_timeout)
     try:
         yield mesh
     finally:
@@ -88,6 +88,22 @@ def sum_over_data(values: Tensor, mesh: Mesh) -> Tensor:
     """Sum over the ranks that see different tokens, in place; no host synchronisation."""
     dist.all_reduce(values, group=data_group(mesh))
     return values
+
+
+def hand_over(tensors: list[Tensor], mesh: Mesh) -> list[Tensor] | None:
+    """The last shard's tensors, on the first shard; None on the others. Collective over the shards of a sequence."""
+    shard, last = mesh.sequence_rank, mesh.sequence - 1
+    if last == 0:
+        return tensors
+    if shard == last:
+        for tensor in tensors:
+            dist.send(tensor.contiguous(), mesh.shard_rank(0), group=edge_group("leftward"))
+    if shard:
+        return None
+    received = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+    for tensor in received:
+        dist.recv(tensor, mesh.shard_rank(last), group=edge_group("leftward"))
+    return received
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -41,6 +41,15 @@ class Mesh:
     def data_rank(self) -> int:
         return self.rank // self.model
 
+    def shard_rank(self, shard: int) -> int:
+        """The rank with this shard of this rank's sequences, and the same share of the weights."""
+        return self.rank + (shard - self.sequence_rank) * self.tensor
+
+    def neighbour(self, side: str) -> int | None:
+        """The rank with the shard to the "left" or "right"; None at the sequence's end."""
+        shard = self.sequence_rank + (1 if side == "right" else -1)
+        return self.shard_rank(shard) if 0 <= shard < self.sequence else None
+
     @property
     def is_first(self) -> bool:
         """The one rank that writes files and the console."""

@@ -15,22 +15,46 @@ from torch import Tensor, nn
 
 from titans_train.models.parts import Parts, SingleDevice
 from titans_train.parallel.groups import tensor_group
+from titans_train.parallel.links import Links
 from titans_train.parallel.mesh import Mesh
+from titans_train.parallel.shards import Shards, ShardSettings
 from titans_train.parallel.split import Split, cut_parameter
 
 if TYPE_CHECKING:
+    from titans_train.models.neighbours import Neighbours
     from titans_train.models.parts import Sections
 
 
-def make_parts(mesh: Mesh, sequence_parallel: bool) -> Parts:
-    """The building blocks of a model on this mesh."""
-    return SingleDevice() if mesh.tensor == 1 else TensorParallel(mesh, sequence_parallel)
+def make_parts(mesh: Mesh, sequence_parallel: bool, shards: ShardSettings | None = None) -> Parts:
+    """The building blocks of a model on this mesh; `shards`: given where mesh.sequence > 1."""
+    whole = SingleDevice() if shards is None else SequenceShards(mesh, shards)
+    return whole if mesh.tensor == 1 else TensorParallel(mesh, sequence_parallel, whole)
+
+
+class SequenceShards(SingleDevice):
+    """Whole layers on a shard of each sequence."""
+
+    def __init__(self, mesh: Mesh, settings: ShardSettings) -> None:
+        self.links, self.settings = Links(mesh), settings
+
+    def neighbours(self, layer: int) -> Neighbours:
+        return Shards(self.links, layer, self.settings)
+
+    def shard(self, x: Tensor) -> Tensor:
+        first = self.links.shard * self.settings.length
+        return x[:, first : first + self.settings.length]
+
+    def finish(self) -> None:
+        self.links.finish()
 
 
 class TensorParallel:
-    def __init__(self, mesh: Mesh, sequence_parallel: bool) -> None:
+    """Shares of layers; what concerns the sequence is as `along` has it."""
+
+    def __init__(self, mesh: Mesh, sequence_parallel: bool, along: SingleDevice) -> None:
         from titans_train.parallel import megatron_layers
 
+        self.neighbours, self.shard, self.finish = along.neighbours, along.shard, along.finish
         self.layers = megatron_layers
         self.size, self.rank = mesh.tensor, mesh.tensor_rank
         self.options: dict[str, Any] = {"ranks": tensor_group(mesh), "sequence_parallel": sequence_parallel}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from titans_train.monitoring.plot import plot_loss
 from titans_train.monitoring.throughput import measured_peak_flops, peak_memory_bytes
 from titans_train.parallel import Engine, Mesh, agree, make_parts, mean_over_ranks, process_group
 from titans_train.parallel.engine import zero_config
+from titans_train.parallel.shards import ShardSettings
 from titans_train.plan import Plan
 from titans_train.training import checkpoint, run_folder
 from titans_train.training.checkpoint import Progress
@@ -33,13 +35,13 @@ def build_engine(plan: Plan, mesh: Mesh) -> Engine:
     """Model and optimiser from the plan: the same initial weights on every layout."""
     config = plan.config
     checkpoint.set_seed(config.run.seed)
-    model = LanguageModel(plan.shape, make_parts(mesh, config.parallel.sequence_parallel))
+    model = LanguageModel(plan.shape, make_parts(mesh, config.parallel.sequence_parallel, shard_settings(plan)))
     model.activation_checkpointing = config.training.activation_checkpointing
     settings = zero_config(
         stage=config.parallel.zero_stage,
         bfloat16=config.run.dtype == "bfloat16",
-        micro_batch_size=config.training.micro_batch_size,
-        accumulation=plan.accumulation,
+        micro_batch_size=config.training.micro_batch_size * plan.sequence.wave,
+        accumulation=plan.accumulation // plan.sequence.wave,
         gradient_clip=config.optimizer.gradient_clip,
         width=plan.shape.width,
         bucket=plan.zero.bucket,
@@ -48,10 +50,19 @@ def build_engine(plan: Plan, mesh: Mesh) -> Engine:
     return Engine(model, make_optimizer(model, config), settings, mesh, plan.run_directory / "libraries.log")
 
 
+def shard_settings(plan: Plan) -> ShardSettings | None:
+    """How the scan crosses sequence shards; None where sequences are whole."""
+    s = plan.sequence
+    if s.shards == 1:
+        return None
+    return ShardSettings(s.length, s.pieces, s.strategy, plan.config.training.carry_state)
+
+
 def train(plan: Plan, stop_after: int | None = None) -> dict[str, Any]:
     """Trains to training.steps, or for `stop_after` more steps; resumes by itself. Returns the summary's figures."""
     parallel = plan.config.parallel
-    with process_group(parallel.tensor, parallel.sequence) as mesh:
+    timeout = timedelta(seconds=parallel.timeout_seconds)
+    with process_group(parallel.tensor, parallel.sequence, timeout) as mesh:
         return train_on(mesh, plan, stop_after)
 
 

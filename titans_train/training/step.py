@@ -1,8 +1,8 @@
 """One optimiser step over the whole global batch.
 
 The loss is the mean over the valid tokens of the global batch, all ranks and micro-batches together, however they
-are spread. Forwards and the backward stay apart: a wave of micro-batches is forwarded, then one backward of the
-summed loss; a wave is one micro-batch for now.
+are spread. A wave of micro-batches is forwarded, then one backward of the summed loss: over sequence shards the ranks
+wait for each other once per wave.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from torch import Tensor
 
 from titans_train.data import Batch
 from titans_train.data.sample import IGNORE
+from titans_train.models.parts import Parts
+from titans_train.models.state import ModelState
 from titans_train.parallel import Engine, Mesh, sum_over_data
 from titans_train.parallel.launch import device
+from titans_train.training.carried import CarriedStates, with_starts
 
 
 @dataclass(frozen=True)
@@ -29,43 +32,67 @@ class StepResult:
         return total / max(valid, 1)
 
 
-def to_device(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-    where = device()
-    starts = None if batch.document_starts is None else batch.document_starts.to(where, non_blocking=True)
-    return batch.tokens.to(where, non_blocking=True), batch.labels.to(where, non_blocking=True), starts
+def own_share(batch: Batch, parts: Parts) -> Batch:
+    """This rank's shard of every row, on its device."""
+
+    def own(x: Tensor | None) -> Tensor | None:
+        return None if x is None else parts.shard(x).to(device(), non_blocking=True)
+
+    starts = with_starts(batch.document_starts, batch.continues, batch.tokens)
+    tokens, labels = own(batch.tokens), own(batch.labels)
+    assert tokens is not None and labels is not None
+    return Batch(tokens, labels, own(starts), batch.sample_ids, batch.continues)
 
 
 def valid_tokens(batches: list[Batch], mesh: Mesh) -> Tensor:
-    """Of the global batch: a 0-d float64 tensor on the device."""
+    """Of the global batch, from each rank's own share: a 0-d float64 tensor on the device."""
     count = sum(int((b.labels != IGNORE).sum()) for b in batches)
     return sum_over_data(torch.tensor(float(count), dtype=torch.float64, device=device()), mesh)
 
 
 def train_step(
-    engine: Engine, batches: list[Batch], learning_rate: float, before_update: Callable[[], None] | None = None
+    engine: Engine,
+    batches: list[Batch],
+    learning_rate: float,
+    before_update: Callable[[], None] | None = None,
+    carried: CarriedStates | None = None,
 ) -> StepResult:
     """Forward, backward and update for this rank's micro-batches of one step.
 
     before_update: called when the whole gradient is there, before clipping (parity checks read it).
+    carried: the states that rows go on from, replaced by those that they end with.
     """
+    parts: Parts = engine.model.parts  # type: ignore[assignment]
+    batches = [own_share(batch, parts) for batch in batches]
     valid = valid_tokens(batches, engine.mesh)
     scale = (engine.loss_scale() / valid.clamp_min(1)).float()
     total = torch.zeros((), dtype=torch.float64, device=device())
-    waves = [[batch] for batch in batches]
-    for wave in waves:
-        losses = [forward(engine, batch) for batch in wave]
+    length = len(batches) // engine.accumulation
+    for first in range(0, len(batches), length):
+        losses, states = [], []
+        for number in range(first, first + length):
+            loss, state = forward(engine, batches[number], carried.before(number) if carried else None, bool(carried))
+            losses.append(loss)
+            states.append(state)
         loss_sum = torch.stack(losses).sum()
         engine.backward(loss_sum * scale)
-        if wave is waves[-1] and before_update is not None:
+        parts.finish()
+        if first + length == len(batches) and before_update is not None:
             before_update()
         engine.step(learning_rate)
         total += loss_sum.detach()
+        for number, state in enumerate(states, first):
+            if carried is not None and state is not None:
+                carried.after(number, state)
     return StepResult(torch.stack([sum_over_data(total, engine.mesh), valid]))
 
 
-def forward(engine: Engine, batch: Batch) -> Tensor:
-    """Sum of the token losses of one micro-batch."""
-    tokens, labels, starts = to_device(batch)
-    loss = engine(tokens, labels=labels, document_starts=starts).loss_sum
-    assert isinstance(loss, Tensor)
-    return loss
+def forward(
+    engine: Engine, batch: Batch, state: ModelState | None = None, return_state: bool = False
+) -> tuple[Tensor, ModelState | None]:
+    """Sum of the token losses of this rank's share of a micro-batch, and what its rows end with."""
+    out = engine(
+        batch.tokens, labels=batch.labels, document_starts=batch.document_starts, state=state, return_state=return_state
+    )
+    assert isinstance(out.loss_sum, Tensor)
+    return out.loss_sum, out.state

@@ -8,9 +8,10 @@ import torch
 
 from titans_train.data import Batch, RecallDataset, TokenDataset
 from titans_train.data.sample import IGNORE
+from titans_train.models.parts import Parts
 from titans_train.parallel import Engine, Mesh, sum_over_data
 from titans_train.parallel.launch import device
-from titans_train.training.step import forward
+from titans_train.training.step import forward, own_share
 
 
 def validate(
@@ -25,12 +26,14 @@ def validate(
     share = -(-count // mesh.data)
     totals = torch.zeros(2, dtype=torch.float64, device=device())
     engine.model.eval()
+    parts: Parts = engine.model.parts  # type: ignore[assignment]
     with torch.no_grad():
         for first in range(0, share, micro_batch):
             within = range(first, first + micro_batch)
             numbers = [mesh.data_rank * share + i if i < share else count for i in within]
-            batch = _batch(dataset, numbers, count)
-            totals[0] += forward(engine, batch).double()
+            batch = own_share(_batch(dataset, numbers, count), parts)
+            totals[0] += forward(engine, batch)[0].double()
+            parts.finish()
             totals[1] += int((batch.labels != IGNORE).sum())
     engine.model.train()
     loss_sum, tokens = sum_over_data(totals, mesh).tolist()

@@ -1,0 +1,152 @@
+"""training.carry_state: each row of a batch goes on where it ended in the batch before, on any layout."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.data.corpus import END, run_config
+from tests.data.test_dataset import isolated_reference, open_tokens, texts_of
+from tests.data.test_loader import LAYOUTS, global_batches
+from titans_train.data import Batch, DataError, loader, open_dataset
+from titans_train.plan import make_plan
+
+ROWS, LENGTH, STEPS = 8, 128, 48
+
+
+def batches(prepared: Path, tmp_path: Path, alignment: int = 1, **options: object) -> Iterator[Batch]:
+    """The global batches of STEPS steps, each as one Batch."""
+    config = run_config(prepared, tmp_path, carry=True, micro=ROWS, steps=STEPS, **options)  # type: ignore[arg-type]
+    return (step[0] for step in loader(open_dataset(config, "train", alignment), make_plan(config, world_size=1)))
+
+
+def joined(steps: list[Batch], name: str) -> list[list[int]]:
+    """What each row reads over these steps."""
+    rows: list[list[int]] = torch.cat([getattr(batch, name) for batch in steps], 1).tolist()
+    return rows
+
+
+def span(prepared: Path, tmp_path: Path, packing: str = "concatenate") -> int:
+    """Steps of an epoch."""
+    steps = open_tokens(prepared, tmp_path, carry=True, packing=packing).sequences_total // ROWS
+    assert 1 < steps < STEPS < 3 * steps  # an epoch ends on the way
+    return steps
+
+
+@pytest.fixture(scope="module", params=["concatenate", "isolate"])
+def uncut(
+    request: pytest.FixtureRequest, prepared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, list[str]]:
+    """A packing, and its global batches in one process."""
+    config = run_config(prepared, tmp_path_factory.mktemp("runs"), packing=request.param, carry=True)
+    found = global_batches(config, 1, alignment=64)
+    assert len(set(found)) == len(found) == 24
+    return request.param, found
+
+
+@pytest.mark.parametrize(("ranks", "workers"), LAYOUTS)
+def test_rows_do_not_depend_on_ranks_and_workers(
+    prepared: Path, tmp_path: Path, uncut: tuple[str, list[str]], ranks: int, workers: int
+) -> None:
+    packing, expected = uncut
+    config = run_config(prepared, tmp_path, packing=packing, workers=workers, carry=True)
+    assert global_batches(config, ranks, alignment=64) == expected
+
+
+@pytest.mark.parametrize(("micro", "ranks", "start"), [(1, 1, 0), (8, 1, 0), (4, 2, 11), (1, 4, 17), (2, 1, 23)])
+def test_rows_do_not_depend_on_micro_batches_and_a_resume(
+    prepared: Path, tmp_path: Path, uncut: tuple[str, list[str]], micro: int, ranks: int, start: int
+) -> None:
+    packing, expected = uncut
+    config = run_config(prepared, tmp_path, packing=packing, micro=micro, carry=True)
+    assert global_batches(config, ranks, start, alignment=64) == expected[start:]
+
+
+def test_each_row_reads_its_own_part_of_the_stream(prepared: Path, tmp_path: Path) -> None:
+    steps = span(prepared, tmp_path)
+    size = steps * LENGTH
+    stream = [token for text in texts_of(prepared, "train") for token in (*text, END)]
+    epoch = list(batches(prepared, tmp_path, shuffle=False))[:steps]
+    assert joined(epoch, "tokens") == [stream[row * size : (row + 1) * size] for row in range(ROWS)]
+    assert joined(epoch, "labels") == [stream[row * size + 1 : (row + 1) * size + 1] for row in range(ROWS)]
+
+
+def test_shuffled_documents_stay_whole_across_batches(prepared: Path, tmp_path: Path) -> None:
+    steps = span(prepared, tmp_path)
+    read = list(batches(prepared, tmp_path))
+    texts = {tuple(text) for text in texts_of(prepared, "train")}
+    for epoch in (read[:steps], read[steps : 2 * steps]):
+        for tokens, labels in zip(joined(epoch, "tokens"), joined(epoch, "labels"), strict=True):
+            assert labels[:-1] == tokens[1:]  # the last label of a batch is the row's first token of the next
+            ends = [place for place, token in enumerate(tokens) if token == END]
+            whole = [tuple(tokens[a + 1 : b]) for a, b in zip(ends, ends[1:], strict=False)]
+            assert len(whole) > 1 and texts.issuperset(whole)
+    assert not torch.equal(read[0].tokens, read[steps].tokens)  # documents come in another order
+
+
+@pytest.mark.parametrize("alignment", [1, 64])
+def test_an_isolated_document_starts_only_where_no_state_is_carried_into_it(
+    prepared: Path, tmp_path: Path, alignment: int
+) -> None:
+    dataset = open_tokens(prepared, tmp_path, alignment=alignment, carry=True, packing="isolate")
+    size = dataset.sequences_total // ROWS * LENGTH
+    tokens, labels, starts = isolated_reference(texts_of(prepared, "train"), alignment, size)  # starts at row borders
+    options = {"packing": "isolate", "shuffle": False}
+    epoch = list(batches(prepared, tmp_path, alignment, **options))[: size // LENGTH]
+    for name, expected in (("tokens", tokens), ("labels", labels), ("document_starts", starts)):
+        assert joined(epoch, name) == [expected[row * size : (row + 1) * size] for row in range(ROWS)], name
+    cut = [batch for batch in epoch[1:] if not bool(batch.document_starts[:, 0].all())]  # type: ignore[index]
+    assert cut
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "isolate"])
+def test_rows_continue_except_at_an_epochs_first_step(prepared: Path, tmp_path: Path, packing: str) -> None:
+    steps = span(prepared, tmp_path, packing)
+    for step, batch in enumerate(batches(prepared, tmp_path, packing=packing)):
+        assert batch.continues is not None and batch.continues.dtype == torch.bool
+        assert batch.continues.tolist() == [step % steps > 0] * ROWS
+
+
+def test_epochs_read_the_same_numbers_once_each_and_drop_the_rest(prepared: Path, tmp_path: Path) -> None:
+    dataset, plain = (open_tokens(prepared, tmp_path, carry=carry) for carry in (True, False))
+    total, steps = dataset.sequences_total, dataset.sequences_total // ROWS
+    assert plain.sequences_total == total
+    for epoch in range(3):
+        numbers = [n for step in range(steps) for n in dataset.indices(epoch * steps + step, ROWS)]
+        assert sorted(numbers) == list(range(epoch * total, epoch * total + ROWS * steps))
+    assert dataset.indices(steps + 1, ROWS) == [total + row * steps + 1 for row in range(ROWS)]
+    assert dataset.dropped_tokens - plain.dropped_tokens == (total - ROWS * steps) * LENGTH > 0
+
+
+def test_without_carry_and_in_validation_nothing_continues(prepared: Path, tmp_path: Path) -> None:
+    config = run_config(prepared, tmp_path)
+    assert next(loader(open_dataset(config), make_plan(config, world_size=1)))[0].continues is None
+    one, other = (
+        open_tokens(prepared, tmp_path, "validation", carry=carry, packing="isolate") for carry in (False, True)
+    )
+    assert one.indices(3, ROWS) == other.indices(3, ROWS)
+    for number in range(one.sequences_total):
+        sample, same = one.sequence(number), other.sequence(number)
+        assert sample.continues is None and same.continues is None
+        assert sample.document_starts is not None and same.document_starts is not None
+        assert torch.equal(sample.tokens, same.tokens)
+        assert torch.equal(sample.document_starts, same.document_starts)
+
+
+def test_fewer_sequences_than_rows_are_refused(prepared: Path, tmp_path: Path) -> None:
+    stream = sum(len(text) + 1 for text in texts_of(prepared, "train"))
+    length = (stream - 1) // ROWS
+    dataset = open_tokens(prepared, tmp_path, length=length, carry=True)
+    assert dataset.indices(5, ROWS) == list(range(40, 48))  # one sequence for each row: every step is an epoch
+    assert dataset.sequence(41).continues is False
+    with pytest.raises(DataError, match=r"has 7 sequences.*at least one for each of the 8 rows.*to at most 7 or"):
+        open_tokens(prepared, tmp_path, length=length + 1, carry=True)
+
+
+def test_pinning_keeps_what_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # there may be no GPU
+    tokens = torch.zeros(2, 4, dtype=torch.long)
+    assert Batch(tokens, tokens, None, []).pin_memory().continues is None
+    pinned = Batch(tokens, tokens, None, [3, 4], torch.tensor([True, False])).pin_memory()
+    assert pinned.continues is not None and pinned.continues.tolist() == [True, False]

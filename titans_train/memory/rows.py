@@ -1,0 +1,170 @@
+"""The scan on flattened rows (n = batch * heads): forward, and its backward, which recomputes.
+
+The forward keeps the state of every `store_every`-th chunk only. The backward takes these segments from last
+to first, recomputes a segment's chunks from its stored state, and walks them in reverse. Rows do not mix, so that a
+caller may take some of them at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titans_train.memory.chunk import Adjoints
+from titans_train.memory.chunk_backward import chunk_backward
+from titans_train.memory.gates import coefficients_backward
+from titans_train.memory.walk import Segment, Sequence, Walk
+
+State = tuple[list[Tensor], list[Tensor], list[Tensor]]  # weights, momentum, and the anchor of a chunk not yet full
+
+
+@dataclass
+class Rows:
+    """Tensors of one call of the scan on n rows: what goes in, without the outputs' adjoints."""
+
+    seq: Sequence
+    weights: list[Tensor]  # [n, d_in, d_out] per layer, before the first token
+    momentum: list[Tensor]
+    anchor: list[Tensor]  # of a first chunk that an earlier call began, else empty
+
+    def part(self, rows: slice) -> Rows:
+        """Some of the rows."""
+
+        def cut(tensors: list[Tensor]) -> list[Tensor]:
+            return [t[rows] for t in tensors]
+
+        return Rows(self.seq.part(rows), cut(self.weights), cut(self.momentum), cut(self.anchor))
+
+
+@dataclass
+class RowGradients:
+    """Gradients of a `Rows`, in its shapes."""
+
+    tokens: list[Tensor | None]  # of q, k, v, keep, eta, theta
+    norm: list[Tensor | None]  # of gain and bias [n, 1, d]
+    weights: list[Tensor]
+    momentum: list[Tensor]
+    anchor: list[Tensor]
+    document: list[Tensor]  # of the document state: weights, then momentum
+
+    @classmethod
+    def join(cls, parts: list[RowGradients]) -> RowGradients:
+        """The gradients of all rows from those of neighbouring parts."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def of(name: str) -> Any:
+            lists = zip(*(getattr(part, name) for part in parts), strict=True)
+            return [None if same[0] is None else torch.cat(same) for same in lists]
+
+        return cls(**{field.name: of(field.name) for field in fields(cls)})
+
+
+def join_states(parts: list[State]) -> State:
+    """The state of all rows from those of neighbouring parts."""
+    if len(parts) == 1:
+        return parts[0]
+    weights, momentum, anchor = ([torch.cat(t) for t in zip(*same, strict=True)] for same in zip(*parts, strict=True))
+    return weights, momentum, anchor
+
+
+def forward_rows(
+    rows: Rows, grid: list[Segment], y: Tensor, surprises: list[Tensor] | None = None
+) -> tuple[State, list[Tensor]]:
+    """Fills the outputs y [n, L, d]; returns the state after the last token, and the states for the backward."""
+    seq, stored = rows.seq, []
+    walk = Walk(seq, rows.weights, rows.momentum, rows.anchor or None).copied()
+    for segment in grid:
+        stored += sum(walk.copy(), [])
+        _, _, coef = seq.coefficients(segment)
+        walk.outputs(segment, coef, y, surprises)
+    return (walk.weights, walk.momentum, walk.last_anchor), stored
+
+
+class RowsBackward:
+    """One backward pass; its fields are the gradients that grow from the last token to the first.
+
+    d_end: asked for the gradients of the state after the last token (owned: they are changed) once they are needed,
+    which is after the last segment has been recomputed. Its anchor is empty where that was no output.
+    """
+
+    def __init__(
+        self, rows: Rows, grid: list[Segment], stored: list[Tensor], d_y: Tensor, d_end: Callable[[], State]
+    ) -> None:
+        self.rows, self.grid, self.d_y, self.d_end = rows, grid, d_y, d_end
+        seq = rows.seq
+        self.seq = seq
+        each = len(rows.weights) + len(rows.momentum)
+        self.stored = [stored[i * each : (i + 1) * each] for i in range(len(grid))]
+        self.adj: Adjoints | None = None
+        self.d_end_anchor: list[Tensor] = []
+        self.d_q, self.d_k, self.d_v = (torch.empty_like(x) for x in (seq.q, seq.k, seq.v))
+        self.d_keep, self.d_theta = torch.empty_like(seq.keep), torch.empty_like(seq.theta)
+        self.d_eta = None if seq.eta is None else torch.empty_like(seq.eta)
+        self.d_gain: Tensor | None = None if seq.norm is None else torch.zeros_like(seq.norm.gain)
+        self.d_bias: Tensor | None = None if seq.norm is None else torch.zeros_like(seq.norm.bias)
+        self.d_document = [torch.zeros_like(x) for x in (*seq.document_weights, *seq.document_momentum)]
+        self.d_entered: list[Tensor] = []
+
+    def gradients(self) -> RowGradients:
+        for index in range(len(self.grid) - 1, -1, -1):
+            self._segment(index)
+        assert self.adj is not None
+        tokens = [self.d_q, self.d_k, self.d_v, self.d_keep, self.d_eta, self.d_theta]
+        adj = self.adj
+        return RowGradients(
+            tokens, [self.d_gain, self.d_bias], adj.weights, adj.momentum, self.d_entered, self.d_document
+        )
+
+    def _adjoints(self) -> Adjoints:
+        if self.adj is None:
+            weights, momentum, self.d_end_anchor = self.d_end()
+            self.adj = Adjoints(weights, momentum, weights)
+        return self.adj
+
+    def _segment(self, index: int) -> None:
+        segment, seq = self.grid[index], self.seq
+        depth = len(self.rows.weights)
+        weights, momentum = self.stored[index][:depth], self.stored[index][depth:]
+        keep, eta, coef = seq.coefficients(segment)
+        anchor = (self.rows.anchor or None) if index == 0 else None
+        states = Walk(seq, weights, momentum, anchor).copied().states(segment, coef)
+        d_rows = torch.zeros_like(coef.weight_rows)
+        d_last = torch.zeros_like(coef.weight_rows[0])
+        for j, span in reversed(list(enumerate(segment.spans()))):
+            run = Walk(seq, *states.pop(), anchor).chunk(span, coef.chunk(j))
+            adj = self._adjoints()
+            if anchor is not None:
+                adj.anchor = [torch.zeros_like(w) for w in weights]
+            gradients = chunk_backward(
+                self.d_y[:, run.span], run.coefficients, run.anchor, run.weights, run.momentum,
+                run.saved, seq.act, seq.norm, adj,
+            )  # fmt: skip
+            for d_anchor, d_end in zip(adj.anchor, self.d_end_anchor, strict=False):
+                d_anchor += d_end  # the last chunk's anchor was also an output
+            self.d_end_anchor = []
+            self.d_q[:, run.span], self.d_k[:, run.span], self.d_v[:, run.span] = gradients.q, gradients.k, gradients.v
+            d_rows[:, :, j], d_last[:, j] = gradients.weight_rows.transpose(0, 1), gradients.last_momentum_row
+            if self.d_gain is not None and self.d_bias is not None:
+                assert gradients.gain is not None and gradients.bias is not None
+                self.d_gain += gradients.gain.sum(1, keepdim=True)
+                self.d_bias += gradients.bias.sum(1, keepdim=True)
+            if run.document_rows is not None:
+                self._document(run.document_rows, adj)
+        d_keep, d_eta, d_theta = coefficients_backward(coef, d_rows, d_last, keep, eta)
+        whole = slice(segment.start, segment.stop)
+        self.d_keep[:, whole], self.d_theta[:, whole] = d_keep.flatten(1), d_theta.flatten(1)
+        if self.d_eta is not None and d_eta is not None:
+            self.d_eta[:, whole] = d_eta.flatten(1)
+        if anchor is not None:
+            self.d_entered, adj.anchor = adj.anchor, adj.weights
+
+    def _document(self, starting: Tensor, adj: Adjoints) -> None:
+        """A document's first chunk took the document state: its adjoint goes there, none goes further back."""
+        for total, adjoint in zip(self.d_document, (*adj.weights, *adj.momentum), strict=True):
+            total += torch.where(starting, adjoint, 0)
+            adjoint.masked_fill_(starting, 0)

@@ -1,0 +1,128 @@
+"""The linear memory's scan over sequence shards as affine maps: all shards at once, one exchange in each direction.
+
+Forward: every shard makes its own map of the state, [W; S] <- T [W; S] + U, the maps are gathered, and each shard
+composes those to its left into the state that it starts from; then it scans. Backward: every shard makes what its
+outputs add to the gradient of the state before it, these are gathered, and each shard composes those to its right
+into the gradient of the state that it ends with; then it goes back through its tokens. Messages do not depend on the
+length; the price is the map itself, more work than it would take to scan.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from titans_train.memory.affine import Affine, shard_map, start_adjoint
+from titans_train.memory.rows import RowGradients, Rows, RowsBackward, State, forward_rows
+from titans_train.memory.scan import Call, Spec
+from titans_train.parallel.groups import edge_group
+
+if TYPE_CHECKING:
+    from titans_train.parallel.shards import Shards
+
+
+def affine_scan(shards: Shards, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """memory.scan's `run` for a memory of depth 1 without norm."""
+    if spec.depth != 1 or tensors[6] is not None:
+        raise ValueError("the affine scan needs a linear memory: depth 1, and no norm inside")
+    if spec.entered or (spec.ends_inside and shards.links.has("right")):
+        raise ValueError("a shard of a sequence begins and ends at a chunk border; only the last one may end inside")
+    return _AffineScan.apply(shards, spec, *tensors)  # type: ignore[no-any-return]
+
+
+def _gather(shards: Shards, name: str, own: Tensor) -> list[Tensor]:
+    """Every shard's tensor, in order."""
+    out = own.new_empty(shards.links.shards * own.shape[0], *own.shape[1:])
+    dist.all_gather_into_tensor(out, own.contiguous(), group=edge_group("rightward"))
+    shards.links.count["all", name] += 1
+    shards.links.bytes["all", name] += own.numel() * own.element_size()
+    return list(out.unflatten(0, (shards.links.shards, -1)))
+
+
+def _start(maps: list[Tensor], shard: int, rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
+    """The state before this shard; the first shard's place holds the state after it."""
+    if shard == 0:
+        return rows.weights, rows.momentum
+    state = maps[0][:, :, maps[0].shape[1] :]
+    width = state.shape[2]
+    for flat in maps[1:shard]:
+        step = Affine.from_flat(flat)
+        state = torch.baddbmm(step.U, step.T, state)
+    parts = [part.contiguous() for part in state.split(width, dim=1)]
+    return parts[:1], parts[1:]
+
+
+class _AffineScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shards: Shards, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        call, shard = Call(spec, tensors), shards.links.shard
+        rows = call.rows()
+
+        def exchange() -> list[Tensor]:
+            own = shard_map(rows.seq, spec.grid[0].size, spec.grid[0].chunks)
+            if shard == 0:  # the others need the state that it ends with, and know no start
+                after = own.apply(rows.weights, rows.momentum)
+                own = Affine(torch.zeros_like(own.T), torch.cat([*after[0], *after[1]], dim=1))
+            return _gather(shards, "map", own.flat())
+
+        maps = shards.once(exchange)
+        rows.weights, rows.momentum = _start(maps, shard, rows)
+        y = torch.empty_like(rows.seq.v)
+        state, stored = forward_rows(rows, spec.grid, y, spec.surprises)
+        ctx.spec, ctx.shards = spec, shards
+        later = torch.stack(maps[shard:])[:, :, :, : maps[0].shape[1]]  # T of this shard and those to its right
+        ctx.save_for_backward(*tensors, *stored, later)
+        ctx.set_materialize_grads(False)
+        return call.outputs(y, state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor | None, *d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        spec, shards = ctx.spec, ctx.shards
+        saved = ctx.saved_tensors
+        call, later = Call(spec, saved[: spec.inputs]), saved[-1]
+        rows, stored = call.rows(), list(saved[spec.inputs : -1])
+        flat_d_y = torch.zeros_like(rows.seq.v) if d_y is None else d_y.flatten(0, 1).contiguous()
+        end = _own_end(rows, spec, d_final)
+
+        def back(end: State) -> RowGradients:
+            return RowsBackward(rows, spec.grid, stored, flat_d_y, lambda: end).gradients()
+
+        if spec.ends_inside:  # the last shard: nothing is added to its end, and its anchor is no part of the map
+            gradients = back(end)
+            _gather(shards, "adjoint", torch.cat([*gradients.weights, *gradients.momentum], dim=1))
+        else:
+            gradients = back(_end_adjoint(shards, rows, spec, flat_d_y, end, later))
+        if shards.links.has("left"):
+            for gradient in (*gradients.weights, *gradients.momentum):
+                gradient.zero_()  # the start belongs to the first shard
+        return (None, None, *call.gradients(gradients))
+
+
+def _own_end(rows: Rows, spec: Spec, d_final: tuple[Tensor | None, ...]) -> State:
+    """Gradients of the state after this shard that this rank's own graph has."""
+    like = [*rows.weights, *rows.momentum, *(rows.weights if spec.ends_inside else [])]
+    own = [torch.zeros_like(t) if d is None else d.flatten(0, 1).clone() for t, d in zip(like, d_final, strict=True)]
+    count = len(rows.weights) + len(rows.momentum)
+    return own[:1], own[1:count], own[count:]
+
+
+def _end_adjoint(shards: Shards, rows: Rows, spec: Spec, d_y: Tensor, end: State, later: Tensor) -> State:
+    """The gradient of the state after this shard: its own, and what the shards to the right add."""
+    weights, momentum, anchor = end
+    seq, grid, shard = rows.seq, spec.grid, shards.links.shard
+    if shard:  # nobody asks the first shard
+        added = torch.cat(sum(start_adjoint(seq, d_y, grid[0].size, grid[0].chunks), []), dim=1)
+        added = torch.baddbmm(added, later[0].mT, torch.cat([*weights, *momentum], dim=1))
+    else:
+        added = torch.cat([*weights, *momentum], dim=1)
+    gathered = _gather(shards, "adjoint", added)
+    total = torch.zeros_like(added)
+    for n in range(len(gathered) - 1, shard, -1):
+        total = torch.baddbmm(gathered[n], later[n - shard].mT, total)
+    parts = list(total.split(weights[0].shape[1], dim=1))
+    return [weights[0] + parts[0]], [m + part for m, part in zip(momentum, parts[1:], strict=True)], anchor

@@ -1,0 +1,192 @@
+"""Messages between a rank and those with the shards to its left and right.
+
+A message is one buffer of bytes: a header, then the tensors in their own dtype. The header says which message it is;
+both sides run the same program, so the next message of an edge is the one that is expected, and anything else is an
+error, never a wrong number. Sends do not block: their buffers are kept until the message has gone. Each direction of
+an edge has a process group of its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titans_train.parallel.groups import edge_group
+from titans_train.parallel.mesh import Mesh
+
+Side = Literal["left", "right"]
+NAMES = ("state", "window", "tails", "chain", "map", "adjoint", "carried")
+HEADER = 5 * 8  # bytes: number of the message on its edge, layer, name, piece, bytes that follow
+ALIGNMENT = 8  # bytes: every tensor begins at a multiple
+OUTSTANDING = 64  # messages to a side whose buffers are kept; the oldest is waited for before another is sent
+
+
+class NeighbourError(RuntimeError):
+    """A neighbouring shard did not answer, or sent something else than expected."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """Which message: of which layer, what, which piece of it; `gradient`: on its way back."""
+
+    layer: int
+    name: str
+    piece: int = 0
+    gradient: bool = False
+
+    def __str__(self) -> str:
+        what = f"the gradient of {self.name!r}" if self.gradient else repr(self.name)
+        return f"{what}, layer {self.layer}, piece {self.piece}"
+
+    def header(self, number: int, size: int) -> Tensor:
+        name = NAMES.index(self.name) + len(NAMES) * self.gradient
+        return torch.tensor([number, self.layer, name, self.piece, size])
+
+
+def describe(header: Tensor) -> str:
+    number, layer, name, piece, size = header.tolist()
+    if not 0 <= name < 2 * len(NAMES):
+        return "no message of ours"
+    label = Label(layer, NAMES[name % len(NAMES)], piece, name >= len(NAMES))
+    return f"message {number} ({label}) of {size} bytes"
+
+
+def message_bytes(sizes: Sequence[int]) -> int:
+    """Of a message with tensors of so many bytes, header included."""
+    return HEADER + sum(_room(size) for size in sizes)
+
+
+def _room(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@dataclass
+class _Expected:
+    label: Label
+    header: Tensor
+    buffer: Tensor
+    work: Any
+    like: Sequence[Tensor]
+
+
+class Links:
+    """This rank's edges. counted: messages and bytes sent, by (side, name)."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.shard, self.shards, self.rank = mesh.sequence_rank, mesh.sequence, mesh.rank
+        self.peer = {side: mesh.neighbour(side) for side in ("left", "right")}
+        self.count: Counter[tuple[str, str]] = Counter()
+        self.bytes: Counter[tuple[str, str]] = Counter()
+        self._sent: dict[str, deque[tuple[Label, Any, Tensor]]] = {"left": deque(), "right": deque()}
+        self._posted: dict[str, deque[_Expected]] = {"left": deque(), "right": deque()}
+        self._out: Counter[str] = Counter()
+        self._in: Counter[str] = Counter()
+        self._unchecked: list[tuple[_Expected, str]] = []
+
+    def has(self, side: Side) -> bool:
+        return self.peer[side] is not None
+
+    def send(self, to: Side, label: Label, tensors: Sequence[Tensor]) -> None:
+        """Starts a message; the tensors may change afterwards."""
+        buffer = self._pack(to, label, tensors)
+        sent = self._sent[to]
+        if len(sent) >= OUTSTANDING:
+            self._take(to)
+        group = edge_group("rightward" if to == "right" else "leftward")
+        sent.append((label, dist.isend(buffer, self.peer[to], group=group), buffer))
+        self.count[to, label.name] += 1
+        self.bytes[to, label.name] += buffer.numel()
+
+    def _pack(self, to: Side, label: Label, tensors: Sequence[Tensor]) -> Tensor:
+        total = message_bytes([_size(t) for t in tensors])
+        buffer = torch.empty(total, dtype=torch.uint8, device=tensors[0].device)
+        buffer[:HEADER].view(torch.int64).copy_(label.header(self._out[to], total - HEADER))
+        self._out[to] += 1
+        first = HEADER
+        for tensor in tensors:
+            place = buffer[first : first + _size(tensor)].view(tensor.dtype).view(tensor.shape)
+            place.copy_(tensor.detach())
+            first += _room(_size(tensor))
+        return buffer
+
+    def expect(self, source: Side, label: Label, like: Sequence[Tensor]) -> None:
+        """Posts the receive of a message with tensors of these shapes and dtypes. It may be waited for later."""
+        total = message_bytes([_size(t) for t in like])
+        buffer = torch.empty(total, dtype=torch.uint8, device=like[0].device)
+        group = edge_group("rightward" if source == "left" else "leftward")
+        header = label.header(self._in[source], total - HEADER)
+        self._in[source] += 1
+        work = dist.irecv(buffer, self.peer[source], group=group)
+        self._posted[source].append(_Expected(label, header, buffer, work, like))
+
+    def gradient(self, label: Label, like: Sequence[Tensor]) -> list[Tensor]:
+        """From the right: the answer to a message. All that was sent there has arrived, for it was sent before."""
+        received = self.receive("right", label, like)
+        self.settle("right")
+        return received
+
+    def receive(self, source: Side, label: Label, like: Sequence[Tensor]) -> list[Tensor]:
+        """Waits for the message. NeighbourError if it does not come, or is another."""
+        if not self._posted[source]:
+            self.expect(source, label, like)
+        expected = self._posted[source].popleft()
+        assert expected.label == label, f"{label} is asked for, but {expected.label} was posted"
+        self._wait(expected.work, f"{label} from its {source} neighbour, rank {self.peer[source]}")
+        if expected.buffer.device.type == "cpu":
+            self._check(expected, source)
+        else:
+            self._unchecked.append((expected, source))  # looking at it would make the host wait for the device
+        return self._unpack(expected)
+
+    def _unpack(self, expected: _Expected) -> list[Tensor]:
+        tensors, first = [], HEADER
+        for like in expected.like:
+            tensors.append(expected.buffer[first : first + _size(like)].view(like.dtype).view(like.shape))
+            first += _room(_size(like))
+        return tensors
+
+    def _check(self, expected: _Expected, source: str) -> None:
+        got = expected.buffer[:HEADER].view(torch.int64).cpu()
+        if not torch.equal(got, expected.header):
+            raise NeighbourError(
+                f"rank {self.rank} expected {describe(expected.header)} from its {source} neighbour, rank "
+                f"{self.peer[source]}, and got {describe(got)}: the ranks do not run the same program and config"
+            )
+
+    def _wait(self, work: Any, what: str) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise NeighbourError(
+                f"rank {self.rank} (shard {self.shard} of {self.shards}) waited for {what}, in vain: that rank has "
+                f"died, or hangs for longer than parallel.timeout_seconds ({str(error).splitlines()[0]})"
+            ) from error
+
+    def _take(self, to: str) -> None:
+        label, work, _ = self._sent[to].popleft()
+        self._wait(work, f"{label} to be taken by its {to} neighbour, rank {self.peer[to]}")
+
+    def settle(self, to: Side) -> None:
+        """Waits until all messages to a side have been taken, and frees their buffers."""
+        while self._sent[to]:
+            self._take(to)
+
+    def finish(self) -> None:
+        """At the end of a wave: everything that was sent has arrived."""
+        sides: tuple[Side, Side] = ("left", "right")
+        for side in sides:
+            assert not self._posted[side], f"{self._posted[side][0].label} was expected and never asked for"
+            self.settle(side)
+        for expected, source in self._unchecked:
+            self._check(expected, source)
+        self._unchecked.clear()

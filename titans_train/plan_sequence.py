@@ -1,0 +1,172 @@
+"""How the scan crosses sequence shards: which strategy, how many pieces, waves of how many micro-batches, and why.
+
+Predictions are ratios of matrix products: what a rank computes, of what it computes and waits for. Legend: N layers,
+M micro-batches per step, in waves of K (K forwards, then one backward), P shards, G pieces of a scan; per layer and
+micro-batch f and b: its forward and backward on one rank, s_f and s_b: of them what stands between receiving a state
+and handing it on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from titans_train import plan_counts as counts
+from titans_train.shape import ModelShape
+
+GOOD = 0.95  # pieces are added until this is reached: more of them cost messages, and fill a device less
+ENOUGH = 0.90  # waves are made longer only below this: each micro-batch of a wave keeps its activations
+MOST_PIECES, LONGEST_WAVE = 16, 8
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    shards: int
+    length: int  # tokens of a shard
+    strategy: str  # "wavefront", "affine"; "window" where no memory crosses shards
+    pieces: int
+    wave: int  # micro-batches forwarded before their backward
+    efficiency: float  # predicted, of P ranks
+    reason: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Work:
+    """Products per token, forward, of one layer, in FLOPs; the head's apart."""
+
+    layer: float  # f, on average over the shards
+    slowest: float  # the same on the shard with most keys to see
+    chain: float  # s_f
+    again: float  # of the chain, what its backward repeats
+    affine: float  # what the affine scan adds, forward and backward
+    head: float
+
+    @property
+    def both(self) -> float:
+        """f + b: a backward is twice the forward, and what is repeated."""
+        return 3 * self.layer + self.again
+
+    @property
+    def waiting(self) -> float:
+        """s_f + s_b"""
+        return 3 * self.chain + self.again
+
+
+def work(shape: ModelShape, length: int, shards: int) -> Work:
+    """length: of the whole sequence."""
+    parts = {name: value / 3 / shape.layers for name, value in counts.flops_per_token(shape, length).items()}
+    head = parts.pop("head") * shape.layers
+    layer, scores = sum(parts.values()), parts["attention_scores"]
+    slowest = layer
+    if shape.has_attention and shape.attention.window is None and shape.block == "transformer":
+        slowest += scores * (2 * shards - 1) / shards - scores  # the last shard's queries see most keys
+    chain, again = parts["memory_scan"], parts["memory_scan"]
+    if shape.block == "mac":  # a segment's every step depends on the memory that the one before has left
+        outside = parts["feed_forward"] + 2 * 5 * shape.width**2  # q, k, v, memory_q of x; output projection
+        chain, again = layer - outside, parts["memory_scan"]
+    return Work(layer, slowest, chain, again, affine_flops(shape), head)
+
+
+def affine_flops(shape: ModelShape) -> float:
+    """Products per token that the affine scan adds (memory/affine.py): the map of a shard, and its adjoint."""
+    m = shape.memory
+    if m is None or not is_linear(shape):
+        return 0.0
+    d = shape.head_dim
+    return shape.heads * ((18 + 10 if m.momentum else 8 + 6) * d**2 + 4.0 * m.chunk_size * d)
+
+
+def is_linear(shape: ModelShape) -> bool:
+    """Whether the scan has an affine form."""
+    m = shape.memory
+    return m is not None and shape.block != "mac" and m.depth == 1 and not m.residual_norm
+
+
+def efficiency(
+    w: Work, layers: int, shards: int, micro_batches: int, pieces: int, wave: int, affine: bool = False
+) -> float:
+    """M (N (f + b) + head) / T, with T = M (N (f + b) + head) + ceil(M / K) (P - 1) (s_f + s_b) / G.
+
+    Affine: no waiting, more work. A message's latency is not counted.
+    """
+    ideal = micro_batches * (layers * w.both + 3 * w.head)
+    extra = micro_batches * layers * 3 * (w.slowest - w.layer)
+    if affine:
+        return ideal / (ideal + extra + micro_batches * layers * w.affine)
+    waves = -(-micro_batches // wave)
+    return ideal / (ideal + extra + waves * (shards - 1) * w.waiting / pieces)
+
+
+def blocked_efficiency(w: Work, layers: int, shards: int, pieces: int) -> float:
+    """The same where all shards meet in every layer and direction: each layer then waits for the whole wavefront."""
+    ideal = layers * w.both + 3 * w.head
+    return ideal / (ideal + layers * (shards - 1) * w.waiting / pieces)
+
+
+def plan_sequence(
+    shape: ModelShape,
+    *,
+    shards: int,
+    length: int,
+    sequences: int,
+    tensor: int,
+    micro_batches: int,
+    stage: int,
+    strategy: str | None,
+    pieces: int | None,
+    wave: int | None,
+) -> SequencePlan:
+    """strategy, pieces, wave: None where they may be chosen."""
+    if shards == 1:
+        return SequencePlan(1, length, "wavefront", 1, wave or 1, 1.0, "the sequence is whole")
+    w = work(shape, length, shards)
+
+    def predicted(pieces: int, wave: int, affine: bool = False) -> float:
+        return efficiency(w, shape.layers, shards, micro_batches, pieces, wave, affine)
+
+    if not shape.has_memory:
+        reason = "keys are handed on" + ("" if shape.attention.window else ", and the last shard sees most of them")
+        return SequencePlan(shards, length // shards, "window", 1, wave or 1, predicted(1, wave or 1), reason)
+    rows = sequences * (1 if shape.block == "mac" else shape.heads // tensor)
+    chosen_pieces = pieces or _fewest_pieces(min(rows, MOST_PIECES), lambda g: predicted(g, wave or 1))
+    chosen_wave = wave or _shortest_wave(micro_batches, lambda k: predicted(chosen_pieces, k))
+    by_wave = predicted(chosen_pieces, chosen_wave)
+    by_map = predicted(1, 1, affine=True) if is_linear(shape) else 0.0
+    affine = strategy == "affine" or (strategy is None and by_map > by_wave)
+    plan = SequencePlan(
+        shards, length // shards, "affine" if affine else "wavefront", 1 if affine else chosen_pieces,
+        wave or 1 if affine else chosen_wave, by_map if affine else by_wave,
+        _reason(shape, affine, by_wave, by_map, strategy),
+    )  # fmt: skip
+    return plan if affine else replace(plan, warnings=_warnings(w, shape, plan, stage))
+
+
+def _fewest_pieces(most: int, predicted: object) -> int:
+    assert callable(predicted)
+    return next((g for g in range(1, most + 1) if predicted(g) >= GOOD), most)
+
+
+def _shortest_wave(micro_batches: int, predicted: object) -> int:
+    assert callable(predicted)
+    choices = [k for k in range(1, LONGEST_WAVE + 1) if micro_batches % k == 0]
+    return next((k for k in choices if predicted(k) >= ENOUGH), choices[-1])
+
+
+def _reason(shape: ModelShape, affine: bool, by_wave: float, by_map: float, asked: str | None) -> str:
+    if asked is not None:
+        return "parallel.scan asks for it"
+    if shape.block == "mac":
+        return "MAC's writes depend on what was read: only the wavefront can cross shards"
+    if not is_linear(shape):
+        return "the memory is not linear: only the wavefront can cross shards"
+    return f"predicted {by_map if affine else by_wave:.1%}, the other {by_wave if affine else by_map:.1%}"
+
+
+def _warnings(w: Work, shape: ModelShape, plan: SequencePlan, stage: int) -> tuple[str, ...]:
+    if stage < 3:
+        return ()
+    blocked = blocked_efficiency(w, shape.layers, plan.shards, plan.pieces)
+    return (
+        f"ZeRO 3 gathers every layer's parameters over the shards too, so that all meet in every layer: predicted "
+        f"efficiency {blocked:.0%} where nothing is prefetched, against {plan.efficiency:.0%} with ZeRO 1 or 2",
+    )
