@@ -12,7 +12,8 @@ from torch import Tensor
 from tests.models.shapes import tiny
 from titans_train import plan_counts, plan_memory
 from titans_train.models.language_model import LanguageModel
-from titans_train.plan_memory import ZERO_STAGES, Placement, ZeroSizes
+from titans_train.placement import Placement
+from titans_train.plan_memory import ZERO_STAGES, ZeroSizes
 from titans_train.shape import BLOCKS, ModelShape
 
 

@@ -5,7 +5,7 @@ Others read these numbers from the plan and never derive them again; it is print
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from titans_train import plan_memory as memory
 from titans_train import plan_messages as messages
 from titans_train.config import ConfigError, RunConfig, check_config
 from titans_train.config.checks import feed_forward_width, padded_vocabulary
-from titans_train.plan_memory import Placement, ZeroSizes
+from titans_train.placement import Placement
+from titans_train.plan_memory import ZeroSizes
 from titans_train.plan_messages import Messages
 from titans_train.plan_sequence import SequencePlan, plan_sequence
 from titans_train.shape import AttentionShape, MemoryShape, ModelShape
@@ -68,6 +69,7 @@ class Plan:
                 "total_tokens": self.total_tokens,
                 "warmup_steps": self.warmup_steps,
             },
+            "sequence": asdict(self.sequence),
             "parameters": {**self.parameters, "total": self.parameter_count},
             "flops_per_token": {**self.flops_by_part, "total": self.flops_per_token},
             "memory_bytes_per_rank": self.memory_bytes,
@@ -135,9 +137,15 @@ class Plan:
                 f"  the i-th of these: heads {heads}i to {heads}i + {heads - 1}, {units} feed-forward units, "
                 f"{rows} rows of the vocabulary's table; {stream} of the residual stream",
             ]
+        if p.sequence > 1:
+            shards = [_ranks(i, p.tensor, p.sequence) for i in range(p.tensor)]
+            lines.append(
+                f"  one sequence on ranks {_first_of(shards)}: {self.sequence.length:,} tokens each, from left to right"
+            )
+            lines += self._describe_sequence()
         stride = p.tensor * p.sequence
         replicas = [_ranks(i, stride, self.data_parallel) for i in range(stride)]
-        lines.append(f"  same weights, other sequences: ranks {_first_of(replicas)}")
+        lines.append(f"  same weights, other tokens: ranks {_first_of(replicas)}")
         for part, m in self.messages.items():
             if m.count:
                 lines.append(f"  {part:<44}{m}, {human_bytes(m.total_bytes)}")
@@ -145,6 +153,13 @@ class Plan:
             "  (bytes of whole tensors; in a ring of n ranks each sends (n-1)/n of them, twice for an all-reduce)"
         )
         return lines
+
+    def _describe_sequence(self) -> list[str]:
+        s = self.sequence
+        waves = f"waves of {s.wave} of {self.accumulation} micro-batches"
+        how = {"affine": "affine maps", "window": "keys handed on"}.get(s.strategy, f"wavefront in {s.pieces} pieces")
+        lines = [f"  scan over shards: {how}, {waves}; predicted efficiency {s.efficiency:.1%} ({s.reason})"]
+        return lines + [f"  warning: {text}" for text in s.warnings]
 
     def _describe_parameters(self) -> list[str]:
         total = self.parameter_count
@@ -290,6 +305,10 @@ def _messages(shape: ModelShape, at: Placement, stage: int) -> dict[str, Message
         found = {f"a layer's {part}, each micro-batch": one[part] for part in parts}
         found["a layer's shared parameters' gradients"] = one["shared"]
         found["tensor-parallel ranks, each step"] = messages.step(shape, at)
+    if at.shards > 1:
+        last = at.shards - 1
+        found["a layer's forward, to the next shard"] = messages.across(shape, at, last - 1)["forward"]
+        found["a layer's backward, to the shard before"] = messages.across(shape, at, last)["backward"]
     if at.replicas > 1:
         size = counts.parameters_per_rank(shape, at.tensor) * at.item
         found[f"ZeRO {stage}, each step, in buckets"] = messages.zero(size, stage, at.accumulation)

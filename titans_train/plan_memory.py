@@ -9,38 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from titans_train import plan_counts as counts
+from titans_train import plan_messages as messages
+from titans_train.placement import FLOAT32, Placement
 from titans_train.shape import ModelShape
 
-FLOAT32 = 4  # bytes
 ZERO_STAGES = (0, 1, 2, 3)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What decides a rank's memory and messages beside the model."""
-
-    tensor: int  # T
-    replicas: int  # R
-    sequence_parallel: bool
-    item: int  # bytes of a parameter and an activation
-    sequences: int  # of a micro-batch
-    length: int  # tokens of a sequence on a rank: its shard
-    accumulation: int
-    checkpointing: bool
-    shards: int = 1  # of a sequence
-    pieces: int = 1  # of a scan
-    wave: int = 1  # micro-batches forwarded before their backward
-    strategy: str = "wavefront"
-    carries: bool = False  # rows go on in the next batch
-
-    @property
-    def tokens(self) -> int:
-        return self.sequences * self.length
-
-    @property
-    def stream_tokens(self) -> float:
-        """Tokens of the residual stream that this rank holds."""
-        return self.tokens / (self.tensor if self.sequence_parallel else 1)
 
 
 @dataclass(frozen=True)
@@ -67,7 +40,7 @@ def zero_sizes(shape: ModelShape, at: Placement, stage: int) -> ZeroSizes:
 def memory(shape: ModelShape, at: Placement, stage: int) -> dict[str, int]:
     """Bytes by part at the peak of a step, and "total".
 
-    With a single micro-batch per step gradients come as activations go: counted is what is more than these.
+    With a single backward per step gradients come as activations go: counted is what is more than these.
     """
     n = counts.parameters_per_rank(shape, at.tensor)
     sizes = zero_sizes(shape, at, stage)
@@ -76,8 +49,9 @@ def memory(shape: ModelShape, at: Placement, stage: int) -> dict[str, int]:
         "activations": activation_bytes(shape, at),
         "scan_states": scan_state_bytes(shape, at),
         "working": working_bytes(shape, at),
+        "shards": shard_bytes(shape, at),
     }
-    if at.accumulation == 1:
+    if at.accumulation == at.wave:
         going = parts["activations"] + parts["scan_states"] + parts["working"]
         parts["gradients"] = max(0, parts["gradients"] - going)
     return {**parts, "total": sum(parts.values())}
@@ -105,7 +79,7 @@ def zero_bytes(n: int, sizes: ZeroSizes, stage: int, at: Placement) -> dict[str,
 
 
 def activation_bytes(shape: ModelShape, at: Placement) -> int:
-    """What autograd keeps of a micro-batch, apart from the scan's states.
+    """What autograd keeps of a wave's micro-batches, apart from the scan's states.
 
     Per token and layer, in numbers, counted from the tensors that the layers save: of the residual stream 4 D (each of
     two norms keeps its input and its output; MAL has three); feed-forward 4 F, attention 8 D, 2 D more for the
@@ -117,8 +91,8 @@ def activation_bytes(shape: ModelShape, at: Placement) -> int:
     layer, tokens, stream = layer_bytes(shape, at), at.tokens, at.stream_tokens
     ends = at.item * 3 * stream * shape.width + tokens * FLOAT32 * shape.padded_vocabulary / at.tensor
     if at.checkpointing:
-        return int(shape.layers * stream * shape.width * at.item + layer + ends)
-    return int(shape.layers * layer + ends)
+        return int(at.wave * (shape.layers * stream * shape.width * at.item + ends) + layer)
+    return int(at.wave * (shape.layers * layer + ends))
 
 
 def layer_bytes(shape: ModelShape, at: Placement) -> float:
@@ -153,11 +127,12 @@ def _mask_bytes(shape: ModelShape, length: int) -> float:
 def working_bytes(shape: ModelShape, at: Placement) -> int:
     """The most that a backward needs beside what it was given: at the head, or in the last layer's scan.
 
-    Head: two gradients of V float32 on one rank, one where Megatron's cross-entropy works in place. Scan: the states of
+    Head: what was sent to other shards; two gradients of V float32 on one rank, one where Megatron's cross-entropy works in place. Scan: the states of
     the segment that it recomputes, two more of gradients, and 12 D numbers in float32 per token; what the last
     layer kept of what follows the scan (feed-forward, MAL's attention) is free by then.
     """
     head = FLOAT32 * at.tokens * shape.padded_vocabulary // at.tensor * (2 if at.tensor == 1 else 1)
+    head += sent_bytes(shape, at)
     if shape.memory is None:
         return head
     own = shape.width / at.tensor
@@ -196,7 +171,32 @@ def scan_state_bytes(shape: ModelShape, at: Placement) -> int:
     again = 2 * counts.fast_weights(shape) // at.tensor * FLOAT32 * at.sequences * calls if shape.block == "mac" else 0
     persistent = 2 if shape.attention.persistent_tokens and shape.block != "mac" else 0
     once = _state_bytes(shape, at) // at.sequences * (1 + persistent)
-    return (_state_bytes(shape, at) * kept + again + once) * (1 if at.checkpointing else shape.layers)
+    return (_state_bytes(shape, at) * kept + again + once) * (1 if at.checkpointing else shape.layers * at.wave)
+
+
+def shard_bytes(shape: ModelShape, at: Placement) -> int:
+    """What has come from other shards and is kept: keys and values of a window, beside a rank's own; with checkpointing
+    all of it, which a repetition needs again. On the rank with most."""
+    if at.shards == 1:
+        return 0
+    layers = shape.layers * at.wave
+    if at.checkpointing:
+        sent = messages.across(shape, at, at.shards - 2)["forward"]
+        return layers * (sent.bytes["send"] + sent.bytes["all_gather"])
+    if not shape.has_attention or shape.block == "mac":
+        return 0
+    keys = messages.reach(shape.attention.window, at.length * (at.shards - 1), at.carries)
+    return layers * 2 * at.sequences * keys * shape.width // at.tensor * at.item
+
+
+def sent_bytes(shape: ModelShape, at: Placement) -> int:
+    """Messages to the next shard, kept until the first answer comes, which is after the head's backward."""
+    if at.shards == 1:
+        return 0
+    sent = messages.across(shape, at, at.shards - 2)["forward"]
+    count = sent.count["send"]
+    kept = min(shape.layers * at.wave * count, messages.OUTSTANDING)
+    return kept * sent.bytes["send"] // count if count else 0
 
 
 def checkpoint_bytes(count: int) -> int:

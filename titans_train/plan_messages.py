@@ -1,20 +1,25 @@
-"""Which messages tensor-parallel ranks exchange: how many and how long, by layer and direction. Pure functions.
+"""Which messages ranks exchange: how many and how long, by layer and direction. Pure functions.
 
 Legend: T tensor-parallel ranks, N tokens of a micro-batch, D width, B sequences, C segment, P persistent tokens.
-A length is that of the whole tensor in bytes; in a ring each rank sends (T-1)/T of it, twice that in an all-reduce.
-The rules are those of parallel/megatron_layers.py; tests/distributed/test_cost.py counts what really runs.
+A collective's length is that of the whole tensor in bytes; in a ring each rank sends (T-1)/T of it, twice that in an
+all-reduce. A "send" between sequence shards has the bytes that one rank sends, header included. The rules are those of
+parallel/megatron_layers.py and parallel/shards.py; tests/distributed/test_cost.py counts what really runs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise, product
 
 from titans_train import plan_counts as counts
-from titans_train.plan_memory import FLOAT32, Placement
+from titans_train.placement import FLOAT32, Placement
 from titans_train.shape import ModelShape
 
-KINDS = ("all_reduce", "all_gather", "reduce_scatter")
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "send")
+HEADER = 5 * 8  # bytes before a message between shards: which it is
+ALIGNMENT = 8  # bytes: its tensors begin at multiples
+OUTSTANDING = 64  # messages to a side whose buffers are kept; the oldest is waited for before another is sent
 
 
 @dataclass
@@ -64,8 +69,8 @@ def layer(shape: ModelShape, at: Placement) -> dict[str, Messages]:
         segment = shape.attention.segment
         assert segment is not None
         lengths = [min(segment, at.length - first) for first in range(0, at.length, segment)]
-        for tokens in lengths:
-            size = at.sequences * tokens * shape.width * at.item
+        for rows, tokens in product(part_sizes(at.sequences, at.pieces), lengths):
+            size = rows * tokens * shape.width * at.item
             forward.add("all_gather", size)  # the heads of what was read
             forward.add("all_reduce", size)  # the attention's output
             backward.add("reduce_scatter", size)
@@ -123,12 +128,81 @@ def ends(shape: ModelShape, at: Placement) -> dict[str, Messages]:
     return {"forward": forward, "backward": backward, "shared": shared}
 
 
-def step(shape: ModelShape, at: Placement) -> Messages:
-    """Of one rank and optimiser step, all layers and micro-batches. ZeRO's own are apart."""
+def step(shape: ModelShape, at: Placement, shard: int = 0) -> Messages:
+    """Of one rank and optimiser step, all layers and micro-batches. ZeRO's own are apart.
+
+    Shared parameters are completed once for each wave; what goes between shards is not sent again to recompute.
+    """
+    shards = across(shape, at, shard)
+    layers = shards["forward"] + shards["backward"]
+    if at.tensor == 1:
+        return layers * shape.layers * at.accumulation
     one, outside = layer(shape, at), ends(shape, at)
     again = one["recomputed"] if at.checkpointing else Messages()
-    layers = (one["forward"] + one["backward"] + one["shared"] + again) * shape.layers
-    return (layers + outside["forward"] + outside["backward"] + outside["shared"]) * at.accumulation
+    layers = (layers + one["forward"] + one["backward"] + again) * shape.layers
+    waves = (one["shared"] * shape.layers + outside["shared"]) * -(-at.accumulation // at.wave)
+    return (layers + outside["forward"] + outside["backward"]) * at.accumulation + waves
+
+
+def part_sizes(count: int, parts: int) -> list[int]:
+    """`count` things in at most so many parts, as equal as can be, none empty."""
+    parts = min(parts, count)
+    return [b - a for a, b in pairwise(count * n // parts for n in range(parts + 1))]
+
+
+def padded(size: int) -> int:
+    """Bytes that a tensor takes within a message."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def reach(window: int | None, left: int, carries: bool) -> int:
+    """Keys before a shard that its first token sees; `left`: tokens of the sequence before it."""
+    if window is None:
+        return left
+    return window - 1 if carries else min(window - 1, left)
+
+
+def across(shape: ModelShape, at: Placement, shard: int) -> dict[str, Messages]:
+    """What a rank with this shard of a sequence sends, for one layer and micro-batch: "forward" to the right (the
+    affine scan: to all), "backward" to the left."""
+    out = {"forward": Messages(), "backward": Messages()}
+    if at.shards == 1:
+        return out
+    own = shape.width // at.tensor * at.item  # bytes of a token's heads
+
+    def add(direction: str, sizes: list[int]) -> None:
+        there = shard + 1 < at.shards if direction == "forward" else shard > 0
+        if there and any(sizes):
+            out[direction].add("send", HEADER + sum(map(padded, sizes)))
+
+    taps = shape.memory.convolution - 1 if shape.memory is not None else 0
+    for direction, left in (("forward", shard + 1), ("backward", shard)):
+        if shape.has_attention and shape.block != "mac":
+            keys = at.sequences * reach(shape.attention.window, left * at.length, at.carries)
+            valid = keys if direction == "forward" else 0  # which keys are of the last document: a byte each
+            add(direction, [keys * own, keys * own, valid])
+        if shape.memory is None:
+            continue
+        if shape.block == "mac":
+            for rows in part_sizes(at.sequences, at.pieces):
+                add(direction, [*_states(shape, at, rows * shape.heads // at.tensor), *[rows * taps * own] * 4])
+            continue
+        add(direction, [at.sequences * taps * own] * 3)
+        heads = at.sequences * shape.heads // at.tensor
+        if at.strategy == "affine":
+            d, m = shape.head_dim, shape.head_dim * (1 + shape.memory.momentum)
+            columns = m + d if direction == "forward" else d
+            out[direction].add("all_gather", at.shards * heads * m * columns * FLOAT32)
+            continue
+        for rows in part_sizes(heads, at.pieces):
+            add(direction, _states(shape, at, rows))
+    return out
+
+
+def _states(shape: ModelShape, at: Placement, rows: int) -> list[int]:
+    """Bytes of the memory's weights and momentum, of so many sequences x heads."""
+    assert shape.memory is not None
+    return [rows * i * o * FLOAT32 for i, o in counts.memory_layers(shape)] * (1 + shape.memory.momentum)
 
 
 def zero(parameter_bytes: int, stage: int, accumulation: int) -> Messages:

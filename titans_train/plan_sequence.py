@@ -129,7 +129,8 @@ def plan_sequence(
         return SequencePlan(shards, length // shards, "window", 1, wave or 1, predicted(1, wave or 1), reason)
     rows = sequences * (1 if shape.block == "mac" else shape.heads // tensor)
     chosen_pieces = pieces or _fewest_pieces(min(rows, MOST_PIECES), lambda g: predicted(g, wave or 1))
-    chosen_wave = wave or _shortest_wave(micro_batches, lambda k: predicted(chosen_pieces, k))
+    longest = 1 if shape.block == "mac" and stage == 3 else LONGEST_WAVE  # DeepSpeed 0.19 would reduce twice
+    chosen_wave = wave or _shortest_wave(micro_batches, longest, lambda k: predicted(chosen_pieces, k))
     by_wave = predicted(chosen_pieces, chosen_wave)
     by_map = predicted(1, 1, affine=True) if is_linear(shape) else 0.0
     affine = strategy == "affine" or (strategy is None and by_map > by_wave)
@@ -146,9 +147,9 @@ def _fewest_pieces(most: int, predicted: object) -> int:
     return next((g for g in range(1, most + 1) if predicted(g) >= GOOD), most)
 
 
-def _shortest_wave(micro_batches: int, predicted: object) -> int:
+def _shortest_wave(micro_batches: int, longest: int, predicted: object) -> int:
     assert callable(predicted)
-    choices = [k for k in range(1, LONGEST_WAVE + 1) if micro_batches % k == 0]
+    choices = [k for k in range(1, longest + 1) if micro_batches % k == 0]
     return next((k for k in choices if predicted(k) >= ENOUGH), choices[-1])
 
 

@@ -12,6 +12,7 @@ NAMES = {
     "layouts": "collectives and peak memory of each layout beside the plan",
     "parity": "gradients and parameters under tensor, sequence and data parallelism and ZeRO against one process",
     "recall": "associative recall with the memory on and off, as curves in one picture",
+    "sequence": "sequence shards: schedules simulated, waits and real work measured, memory, very long sequences",
     "stability": "every block for 300 steps with a row of equal tokens",
 }
 

@@ -1,8 +1,9 @@
 """`benchmark layouts`: what a layout costs, measured beside the plan.
 
 For every layout, on real gloo processes: the collectives of one layer (forward, backward, gradients of shared
-parameters) and of a whole micro-batch, counted where torch hands them to the process group; and the peak of a training
-step in tensors, counted as they are made and freed.
+parameters) and of a whole micro-batch, and what goes from shard to shard, counted where torch hands it to the process
+group (on every rank; the last but one shard's is shown); and the peak of a training step in tensors, counted as they
+are made and freed, on the rank that has most.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ class Layout:
     zero: int = 1
     dtype: str = "float32"
     checkpointing: bool = False
+    sequence: int = 1
+    wave: int = 1
+    linear: bool = False  # a memory of depth 1 without norm, by the affine scan
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.data
+        return self.tensor * self.sequence * self.data
 
 
 LAYOUTS = [
@@ -40,6 +44,12 @@ LAYOUTS = [
     Layout("mag", tensor=2, data=2, sequence_parallel=True, zero=3),
     Layout("mal", tensor=4, sequence_parallel=True),
     Layout("transformer", tensor=2, data=2, zero=2),
+    *(Layout(block, sequence=2) for block in BLOCKS),
+    Layout("mag", sequence=2, wave=2, checkpointing=True),
+    Layout("lmm", sequence=2, linear=True),
+    Layout("lmm", sequence=2, wave=2),
+    Layout("mal", sequence=4),
+    Layout("mac", tensor=2, sequence=2, sequence_parallel=True, zero=2),
 ]
 
 
@@ -50,15 +60,19 @@ def run(layouts: list[Layout]) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| block | tensor x data | sequence parallel | ZeRO | dtype | one layer, forward | backward | shared |"
-             " peak, MiB | plan, MiB | plan / peak |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    columns = [
+        "block", "tensor x sequence x data", "sequence parallel", "ZeRO", "dtype", "one layer, forward", "backward",
+        "shared", "peak, MiB", "plan, MiB", "plan / peak",
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for r in rows:
-        counted = [r["messages"][part]["text"] if r["tensor"] > 1 else "" for part in ("forward", "backward", "shared")]
-        recomputed = ", checkpointing" if r["checkpointing"] else ""
+        counted = [r["messages"][p]["text"] if r["messages"] else "" for p in ("forward", "backward", "shared")]
+        how = [r["dtype"], *(["checkpointing"] if r["checkpointing"] else []), *(["affine"] if r["linear"] else [])]
+        how += [f"waves of {r['wave']}"] if r["wave"] > 1 else []
         lines.append(
-            f"| {r['block']} | {r['tensor']} x {r['data']} | {'yes' if r['sequence_parallel'] else 'no'} | {r['zero']} "
-            f"| {r['dtype']}{recomputed} | {' | '.join(counted)} | {r['peak'] / 2**20:.1f} | {r['plan'] / 2**20:.1f} "
-            f"| {r['plan'] / r['peak']:.2f} |"
+            f"| {r['block']} | {r['tensor']} x {r['sequence']} x {r['data']} "
+            f"| {'yes' if r['sequence_parallel'] else 'no'} | {r['zero']} | {', '.join(how)} | {' | '.join(counted)} "
+            f"| {r['peak'] / 2**20:.1f} | {r['plan'] / 2**20:.1f} | {r['plan'] / r['peak']:.2f} |"
         )
     return "\n".join(lines)
 

@@ -9,21 +9,31 @@ from typing import Any
 
 import torch
 
+from titans_train.benchmark.messages import CountMessages
+from titans_train.benchmark.tensor_memory import TensorMemory
+from titans_train.config import RunConfig
+from titans_train.data import Batch
+from titans_train.models import LanguageModel
+from titans_train.parallel import Mesh, gather, make_parts, mesh_of, process_group
+from titans_train.parallel.split import split_of
+from titans_train.plan import Plan, make_plan
+from titans_train.plan_messages import Messages, across, layer, step
+from titans_train.training.loop import build_engine, shard_settings
+from titans_train.training.step import train_step
+
 WIDTH, LAYERS, LENGTH, MICRO, VOCABULARY = 256, 2, 256, 2, 2000
 
 
-def plan_of(layout: dict[str, Any]) -> Any:
-    from titans_train.config import RunConfig
-    from titans_train.plan import make_plan
-
+def plan_of(layout: dict[str, Any]) -> Plan:
     block = layout["block"]
     config: dict[str, Any] = {
         "run": {"name": "layouts", "dtype": layout["dtype"]},
         "model": {"block": block, "layers": LAYERS, "width": WIDTH, "heads": 4, "vocabulary": VOCABULARY},
-        "memory": {"chunk_size": 32},
+        "memory": {"chunk_size": 32} | ({"depth": 1, "residual_norm": False} if layout["linear"] else {}),
         "attention": {"window": 64, "persistent_tokens": 4} | ({"segment": 64} if block == "mac" else {}),
         "parallel": {
             "zero_stage": layout["zero"], "tensor": layout["tensor"], "sequence_parallel": layout["sequence_parallel"],
+            "sequence": layout["sequence"], "wave": layout["wave"], "scan": "affine" if layout["linear"] else None,
         },
         "data": {"path": "unused"},
         "training": {
@@ -31,7 +41,7 @@ def plan_of(layout: dict[str, Any]) -> Any:
             "micro_batch_size": MICRO, "activation_checkpointing": layout["checkpointing"],
         },
     }  # fmt: skip
-    return make_plan(RunConfig.model_validate(config), layout["tensor"] * layout["data"])
+    return make_plan(RunConfig.model_validate(config), layout["tensor"] * layout["sequence"] * layout["data"])
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,53 +49,47 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], tokens[:, 1:].contiguous()
 
 
-def count_messages(plan: Any, mesh: Any) -> dict[str, Any]:
-    """Counted and planned, of one layer's forward and backward and of a micro-batch's whole model."""
-    from titans_train.benchmark.messages import CountMessages
-    from titans_train.models import LanguageModel
-    from titans_train.parallel import make_parts
-    from titans_train.parallel.split import split_of
-    from titans_train.plan_messages import layer, step
-
+def count_messages(plan: Plan, mesh: Mesh) -> dict[str, Any]:
+    """Counted and planned, of one layer's forward and backward and of a micro-batch's whole model, on this rank."""
     at, dtype = plan.placement, getattr(torch, plan.config.run.dtype)
-    model = LanguageModel(plan.shape, make_parts(mesh, at.sequence_parallel)).to(dtype)
+    model = LanguageModel(plan.shape, make_parts(mesh, at.sequence_parallel, shard_settings(plan))).to(dtype)
     model.activation_checkpointing = at.checkpointing
-    tokens, labels = batch()
+    tokens, labels = (model.parts.shard(x) for x in batch())
     x = torch.randn(int(at.stream_tokens), WIDTH, dtype=dtype, requires_grad=True)
     same = [p for p in model.parameters() if split_of(p) is None]
+    shared = mesh.tensor > 1  # parameters that tensor-parallel ranks hold alike
     counted = []
-    for completed in (False, True):  # without, then with gradients of shared parameters
+    for completed in (False, True) if shared else (True, True):  # without, then with their gradients
         for parameter in same:
             parameter.requires_grad_(completed)
         with CountMessages() as forward:
             y, _ = model.blocks[0](x, MICRO)
         with CountMessages() as backward:
             y.sum().backward()
+            model.parts.finish()
         counted.append(backward.messages)
-    shared = counted[1] - counted[0]
     with CountMessages() as everything:
         model(tokens, labels).loss_sum.backward()
-    planned, whole = layer(plan.shape, at), step(plan.shape, replace(at, accumulation=1))
+        model.parts.finish()
+    one, shards = layer(plan.shape, at), across(plan.shape, at, mesh.sequence_rank)
+    if mesh.tensor == 1:
+        one = {part: Messages() for part in one}
+    whole = step(plan.shape, replace(at, accumulation=1), mesh.sequence_rank)
 
-    def row(counted: Any, wanted: Any) -> dict[str, Any]:
+    def row(counted: Messages, wanted: Messages) -> dict[str, Any]:
         figures = [{"count": dict(m.count), "bytes": dict(m.bytes)} for m in (counted, wanted)]
         return {"text": str(counted), "counted": figures[0], "planned": figures[1]}
 
     return {
-        "forward": row(forward.messages, planned["forward"]),
-        "backward": row(counted[0], planned["backward"]),
-        "shared": row(shared, planned["shared"]),
+        "forward": row(forward.messages, one["forward"] + shards["forward"]),
+        "backward": row(counted[0], one["backward"] + shards["backward"]),
+        "shared": row(counted[1] - counted[0], one["shared"]),
         "micro_batch": row(everything.messages, whole),
     }
 
 
-def peak(plan: Any, mesh: Any) -> int:
+def peak(plan: Plan, mesh: Mesh) -> int:
     """Bytes of tensors at the peak of a second step of two micro-batches."""
-    from titans_train.benchmark.tensor_memory import TensorMemory
-    from titans_train.data import Batch
-    from titans_train.training.loop import build_engine
-    from titans_train.training.step import train_step
-
     one = Batch(*batch(), None, [])
     with TensorMemory() as memory:
         engine = build_engine(plan, mesh)
@@ -97,15 +101,17 @@ def peak(plan: Any, mesh: Any) -> int:
 
 def work(job: Path) -> None:
     """Reads layouts from the file, and writes their rows to it."""
-    from titans_train.parallel import gather, mesh_of, process_group
-
     rows = []
     with process_group() as whole:
         for layout in json.loads(job.read_text())["layouts"]:
-            with mesh_of(layout["tensor"]) as mesh:
+            with mesh_of(layout["tensor"], layout["sequence"]) as mesh:
                 plan = plan_of(layout)
-                messages = count_messages(plan, mesh) if mesh.tensor > 1 else {}
+                by_rank = gather(count_messages(plan, mesh) if mesh.model > 1 else {})
+                wrong = [m for m in by_rank if any(part["counted"] != part["planned"] for part in m.values())]
+                shown = by_rank[max(0, mesh.sequence - 2) * mesh.tensor]
                 most = max(gather(peak(plan, mesh)))
-                rows.append({**layout, "messages": messages, "peak": most, "plan": plan.memory_bytes["total"]})
+                rows.append(
+                    {**layout, "messages": (wrong or [shown])[0], "peak": most, "plan": plan.memory_bytes["total"]}
+                )
         if whole.is_first:
             job.write_text(json.dumps(rows))

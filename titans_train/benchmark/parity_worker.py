@@ -20,6 +20,7 @@ def plan_of(block: str, stage: int, layout: dict[str, Any], dtype: str) -> Any:
     from titans_train.plan import make_plan
 
     micro = ROWS // 2 // layout["data"]
+    wave = 1 if block == "mac" and stage == 3 else layout["wave"]
     config = {
         "run": {"name": f"parity-{block}-{stage}", "dtype": dtype},
         "model": {
@@ -28,7 +29,7 @@ def plan_of(block: str, stage: int, layout: dict[str, Any], dtype: str) -> Any:
         "attention": {"window": 6, "persistent_tokens": 3} | ({"segment": 8} if block == "mac" else {}),
         "parallel": {
             "zero_stage": stage, "tensor": layout["tensor"], "sequence_parallel": layout["sequence_parallel"],
-            "sequence": layout["sequence"], "pieces": 2 if micro > 1 else 1, "wave": layout["wave"],
+            "sequence": layout["sequence"], "pieces": 2 if micro > 1 else 1, "wave": wave,
         },
         "data": {"path": "unused"},
         "training": {"steps": STEPS, "sequence_length": LENGTH, "global_batch_size": ROWS, "micro_batch_size": micro},

@@ -132,6 +132,10 @@ def scan(config: RunConfig) -> Iterator[Problem]:
                 f"{str(config.memory.residual_norm).lower()}"
             )
             yield Problem("parallel.scan", message, "use wavefront, or memory.depth 1 with memory.residual_norm false")
+    wave = parallel.wave or 1
+    if wave > 1 and parallel.sequence > 1 and model.block == "mac" and parallel.zero_stage == 3:
+        message = f"{wave}, but with block mac over shards ZeRO 3 can go back through one micro-batch at a time only"
+        yield Problem("parallel.wave", message, "use 1 or null, or parallel.zero_stage 1")
     rows = config.training.micro_batch_size * (1 if model.block == "mac" else model.heads // parallel.tensor)
     if parallel.sequence > 1 and parallel.pieces is not None and rows and parallel.pieces > rows:
         of = "sequences" if model.block == "mac" else "sequences x heads"

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from titans_train.parallel.groups import edge_group
 from titans_train.parallel.mesh import Mesh
+from titans_train.plan_messages import HEADER, OUTSTANDING, padded
 
 Side = Literal["left", "right"]
 NAMES = ("state", "window", "tails", "chain", "map", "adjoint", "carried")
-HEADER = 5 * 8  # bytes: number of the message on its edge, layer, name, piece, bytes that follow
-ALIGNMENT = 8  # bytes: every tensor begins at a multiple
-OUTSTANDING = 64  # messages to a side whose buffers are kept; the oldest is waited for before another is sent
+# A header (plan_messages.HEADER bytes): number of the message on its edge, layer, name, piece, bytes that follow.
 
 
 class NeighbourError(RuntimeError):
@@ -57,17 +56,12 @@ def describe(header: Tensor) -> str:
     return f"message {number} ({label}) of {size} bytes"
 
 
-def message_bytes(sizes: Sequence[int]) -> int:
-    """Of a message with tensors of so many bytes, header included."""
-    return HEADER + sum(_room(size) for size in sizes)
-
-
-def _room(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _room(tensor: Tensor) -> int:
+    return padded(_size(tensor))
 
 
 @dataclass
@@ -108,7 +102,7 @@ class Links:
         self.bytes[to, label.name] += buffer.numel()
 
     def _pack(self, to: Side, label: Label, tensors: Sequence[Tensor]) -> Tensor:
-        total = message_bytes([_size(t) for t in tensors])
+        total = HEADER + sum(map(_room, tensors))
         buffer = torch.empty(total, dtype=torch.uint8, device=tensors[0].device)
         buffer[:HEADER].view(torch.int64).copy_(label.header(self._out[to], total - HEADER))
         self._out[to] += 1
@@ -116,12 +110,12 @@ class Links:
         for tensor in tensors:
             place = buffer[first : first + _size(tensor)].view(tensor.dtype).view(tensor.shape)
             place.copy_(tensor.detach())
-            first += _room(_size(tensor))
+            first += _room(tensor)
         return buffer
 
     def expect(self, source: Side, label: Label, like: Sequence[Tensor]) -> None:
         """Posts the receive of a message with tensors of these shapes and dtypes. It may be waited for later."""
-        total = message_bytes([_size(t) for t in like])
+        total = HEADER + sum(map(_room, like))
         buffer = torch.empty(total, dtype=torch.uint8, device=like[0].device)
         group = edge_group("rightward" if source == "left" else "leftward")
         header = label.header(self._in[source], total - HEADER)
@@ -152,7 +146,7 @@ class Links:
         tensors, first = [], HEADER
         for like in expected.like:
             tensors.append(expected.buffer[first : first + _size(like)].view(like.dtype).view(like.shape))
-            first += _room(_size(like))
+            first += _room(like)
         return tensors
 
     def _check(self, expected: _Expected, source: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from titans_train.memory.state import MemoryState
 from titans_train.parallel.affine_scan import affine_scan
 from titans_train.parallel.links import Label, Links
 from titans_train.parallel.wavefront import wave_scan
+from titans_train.plan_messages import part_sizes, reach
 
 
 @dataclass(frozen=True)
@@ -103,15 +105,11 @@ class Shards:
         return memory_scan(*call, **options, run=partial(run, self))
 
     def reach(self, window: int | None) -> int:
-        if window is None:
-            return self.position
-        return window - 1 if self.settings.carries else min(window - 1, self.position)
+        return reach(window, self.position, self.settings.carries)
 
     def pieces(self, rows: int) -> list[slice]:
-        """As equal as can be, and none empty."""
-        count = min(self.settings.pieces, rows)
-        ends = [rows * n // count for n in range(count + 1)]
-        return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        ends = [0, *accumulate(part_sizes(rows, self.settings.pieces))]
+        return [slice(a, b) for a, b in pairwise(ends)]
 
     def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         tape = Tape()
