@@ -5,7 +5,7 @@ Others read these numbers from the plan and never derive them again; it is print
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Plan:
     zero: ZeroSizes  # what DeepSpeed is told
     placement: Placement  # what decides a rank's memory and messages
     messages: dict[str, Messages]  # between ranks: per layer and micro-batch, and per step
+    carried_bytes: int  # of one row, all heads, from one global batch to the next (0: training.carry_state is off)
     checkpoint_bytes: int
 
     @property
@@ -75,6 +76,7 @@ class Plan:
             "memory_bytes_per_rank": self.memory_bytes,
             "memory_bytes_by_zero_stage": {str(stage): dict(b) for stage, b in self.memory_by_stage.items()},
             "messages": {part: {"count": dict(m.count), "bytes": dict(m.bytes)} for part, m in self.messages.items()},
+            "carried_bytes_per_row": self.carried_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
         }
 
@@ -116,8 +118,10 @@ class Plan:
         batch = f"{t.global_batch_size} sequences x {t.sequence_length} tokens = {self.tokens_per_step:,} tokens"
         keep, disk = c.checkpoint.keep, self.checkpoint_bytes
         together = f"{human_bytes((keep + 1) * disk)} while one is written beside {keep}"
+        carried = [f"carried     {human_bytes(self.carried_bytes)} for each row of a batch, into the next batch"]
         return [
             *lines,
+            *(carried if self.carried_bytes else []),
             f"mesh        {self.mesh_text}; ZeRO stage {c.parallel.zero_stage}",
             f"step        {batch}; each rank {self.accumulation} x {t.micro_batch_size} sequences",
             f"training    {t.steps:,} steps, {self.warmup_steps:,} of warm-up: {self.total_tokens:,} tokens",
@@ -257,6 +261,7 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> Plan:
     placement = _placement(config, data_parallel, accumulation, sequence)
     by_stage = {stage: memory.memory(shape, placement, stage) for stage in memory.ZERO_STAGES}
     tokens_per_step = t.global_batch_size * t.sequence_length
+    carried = memory.carried_row_bytes(shape, replace(placement, tensor=1)) if t.carry_state else 0
     return Plan(
         config=config,
         shape=shape,
@@ -275,7 +280,8 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> Plan:
         zero=memory.zero_sizes(shape, placement, config.parallel.zero_stage),
         placement=placement,
         messages=_messages(shape, placement, config.parallel.zero_stage),
-        checkpoint_bytes=memory.checkpoint_bytes(count),
+        carried_bytes=carried,
+        checkpoint_bytes=memory.checkpoint_bytes(count) + carried * t.global_batch_size,
     )
 
 

@@ -115,7 +115,8 @@ def sequence(config: RunConfig) -> Iterator[Problem]:
     taps = config.memory.convolution
     if config.model.block != "transformer" and taps - 1 > length // shards:
         message = f"{shards} shards of {length // shards} tokens are shorter than memory.convolution {taps} - 1 inputs"
-        yield Problem("parallel.sequence", message, f"use at most {max(1, length // max(1, taps - 1))}")
+        fitting = [n for n in range(1, length // (taps - 1) + 1) if length % (n * align) == 0]
+        yield Problem("parallel.sequence", message, use("parallel.sequence", fitting[-1:] or [1]))
 
 
 def scan(config: RunConfig) -> Iterator[Problem]:

@@ -40,7 +40,7 @@ class MACState:
     """The memory being written, the memory that the current segment reads, and the segment's keys so far."""
 
     memory: MemoryLayerState
-    read_memory: MemoryState
+    read_memory: MemoryState | None  # None at a segment's first token: there it is the memory itself
     read_tail: Tensor  # of the query convolution over x: [B, K - 1, H d]
     context_keys: Tensor  # of h: [B, H, t, d]
     context_values: Tensor
@@ -61,7 +61,7 @@ class MACState:
         count = depth + len(memory.momentum)
         new = MemoryState(tuple(chain[:depth]), tuple(chain[depth:count]))
         q, k, v, read = chain[count:]
-        return replace(self, memory=MemoryLayerState(new, (q, k, v)), read_memory=new, read_tail=read)
+        return replace(self, memory=MemoryLayerState(new, (q, k, v)), read_tail=read)
 
 
 class MACBlock(Block):
@@ -84,7 +84,7 @@ class MACBlock(Block):
     def initial_state(self, x: Tensor, initial: MemoryState) -> MACState:
         state = self.memory.initial_state(x, initial)
         empty = x.new_zeros(x.shape[0], self.attention.heads, 0, self.attention.head_dim)
-        return MACState(state, state.memory, state.tails[0], empty, empty, empty, empty, 0)
+        return MACState(state, None, state.tails[0], empty, empty, empty, empty, 0)
 
     def mix(  # type: ignore[override]
         self, x: Tensor, batch: int, state: MACState | None, document_starts: Tensor | None
@@ -149,6 +149,7 @@ class MACBlock(Block):
                 raise ValueError(f"in MAC a document starts at a multiple of the segment, {self.segment} tokens")
         if state.position == 0:
             state = self._enter_segment(state, starts, initial)
+        assert state.read_memory is not None
         positions = document_positions(starts)
         read, read_tail = self.memory.read(given["memory_q"], state.read_memory, state.read_tail, positions)
         context = self.project(self.read_norm(read).flatten(2), "heads", ("k", "v"))
@@ -162,9 +163,9 @@ class MACBlock(Block):
         return self.gating(heads, remembered), state if position else self._leave_segment(state)
 
     def _leave_segment(self, state: MACState) -> MACState:
-        """At a segment's end its keys are done with."""
+        """At a segment's end its keys are done with, and the memory that it read."""
         empty = state.keys[:, :, :0]
-        return replace(state, context_keys=empty, context_values=empty, keys=empty, values=empty)
+        return replace(state, read_memory=None, context_keys=empty, context_values=empty, keys=empty, values=empty)
 
     def _restart(self, starts: Tensor | None, state: MACState) -> tuple[Tensor | None, MemoryState | None]:
         return (None, None) if starts is None else (starts, state.read_memory)

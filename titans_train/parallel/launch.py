@@ -96,14 +96,15 @@ def hand_over(tensors: list[Tensor], mesh: Mesh) -> list[Tensor] | None:
     if last == 0:
         return tensors
     if shard == last:
-        for tensor in tensors:
-            dist.send(tensor.contiguous(), mesh.shard_rank(0), group=edge_group("leftward"))
+        whole = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+        dist.send(whole, mesh.shard_rank(0), group=edge_group("leftward"))
     if shard:
         return None
-    received = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
-    for tensor in received:
-        dist.recv(tensor, mesh.shard_rank(last), group=edge_group("leftward"))
-    return received
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    whole = torch.empty(sum(sizes), dtype=torch.uint8, device=device())
+    dist.recv(whole, mesh.shard_rank(last), group=edge_group("leftward"))
+    parts = zip(whole.split(sizes), tensors, strict=True)
+    return [part.clone().view(like.dtype).view(like.shape) for part, like in parts]
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
 """What rows carry from one global batch to the next (training.carry_state): truncated backpropagation through time.
 
 A row's state is detached at a batch's end: gradients stop there. Over sequence shards the last shard ends with the
-state that the first one begins the next batch with.
+state that the first one begins the next batch with; only ranks with a first shard hold any.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,28 +15,69 @@ from torch import Tensor
 from titans_train.models.attention import AttentionState
 from titans_train.models.blocks import BlockState
 from titans_train.models.state import ModelState
-from titans_train.models.tree import map_tensors, tensors_of
-from titans_train.parallel.launch import hand_over
+from titans_train.models.tree import join_rows, map_tensors, take_rows, tensors_of
+from titans_train.parallel.launch import device, hand_over
 from titans_train.parallel.mesh import Mesh
+from titans_train.parallel.split import cut_heads, join_heads
+from titans_train.plan import Plan
 
 
 class CarriedStates:
-    """One state for each micro-batch of a step; only the first shard has any."""
+    """One state for each micro-batch of a step; None before the first step, and on ranks with other shards."""
 
-    def __init__(self, micro_batches: int, mesh: Mesh, rope_base: float) -> None:
-        self.states: list[ModelState | None] = [None] * micro_batches
-        self.mesh, self.rope_base = mesh, rope_base
+    def __init__(self, plan: Plan, mesh: Mesh) -> None:
+        self.plan, self.mesh = plan, mesh
+        self.states: list[ModelState | None] = [None] * plan.accumulation
+
+    @property
+    def rows(self) -> int:
+        """Of the global batch, on this rank; they begin at data_rank * rows."""
+        return self.plan.accumulation * self.plan.config.training.micro_batch_size
 
     def before(self, number: int) -> ModelState | None:
+        """For micro-batch `number` of a step."""
         return self.states[number]
 
     def after(self, number: int, state: ModelState) -> None:
-        """Collective over the shards of a sequence, after the backward."""
-        state = _from_here(state.detach(), self.rope_base)
+        """Takes what micro-batch `number` has ended with. Collective over the shards of a sequence."""
+        state = _from_here(state.detach(), self.plan.shape.attention.rope_base)
         received = hand_over(tensors_of(state), self.mesh)
         if received is not None:
             values = iter(received)
             self.states[number] = map_tensors(lambda _: next(values), state)
+
+    # ---- files: one for each data rank's rows, with all heads
+
+    def save(self, folder: Path) -> str | None:
+        """Writes this rank's rows; the file's name, or None where another rank writes or there are none.
+
+        Collective over the tensor-parallel ranks.
+        """
+        if self.mesh.sequence_rank or self.states[0] is None:
+            return None
+        whole = map_tensors(lambda t: join_heads(t, self.mesh), join_rows(list(self.states)))
+        if self.mesh.tensor_rank:
+            return None
+        name = f"carried-{self.mesh.data_rank * self.rows:08d}.safetensors"
+        whole.save(folder / name, self.plan.shape)
+        return name
+
+    def load(self, folder: Path, names: Iterable[str]) -> None:
+        """Takes this rank's rows from files that any layout has written, given in the order of their rows."""
+        if self.mesh.sequence_rank:
+            return
+        first, found, start = self.mesh.data_rank * self.rows, [], 0
+        for name in sorted(names):
+            state = ModelState.load(folder / name, self.plan.shape)
+            count = len(tensors_of(state)[0])
+            wanted = slice(max(first - start, 0), min(first + self.rows - start, count))
+            if wanted.start < wanted.stop:
+                found.append(take_rows(state, wanted))
+            start += count
+        if found:
+            own = map_tensors(lambda t: cut_heads(t, self.mesh).to(device()), join_rows(found))
+            size = self.plan.config.training.micro_batch_size
+            self.states = [take_rows(own, slice(i, i + size)) for i in range(0, self.rows, size)]
 
 
 def _from_here(state: ModelState, base: float) -> ModelState:

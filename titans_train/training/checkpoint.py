@@ -1,6 +1,7 @@
 """Checkpoints: one logical file set, whatever the layout that wrote it.
 
     <run>/checkpoints/step-00000010/   model.safetensors, exp_avg.safetensors, exp_avg_sq.safetensors (fp32, by name)
+                                       carried-N.safetensors (rows from N of the batch, with training.carry_state)
                                        state.json: step, Adam's step, tokens, shape, config, data, sha256 of each file
     <run>/checkpoints/latest           the newest folder's name
 
@@ -28,10 +29,11 @@ from torch import Tensor
 
 from titans_train.errors import UserError
 from titans_train.models import LanguageModel
-from titans_train.parallel import Engine, Mesh, agree
+from titans_train.parallel import Engine, Mesh, agree, gather
 from titans_train.parallel.engine import MOMENTS
 from titans_train.plan import Plan
 from titans_train.shape import ModelShape
+from titans_train.training.carried import CarriedStates
 
 FILES = {"parameters": "model.safetensors", **{key: f"{key}.safetensors" for key in MOMENTS}}
 
@@ -48,7 +50,14 @@ def checkpoint_folder(run_directory: Path) -> Path:
     return run_directory / "checkpoints"
 
 
-def save(engine: Engine, plan: Plan, progress: Progress, data_fingerprint: str, mesh: Mesh) -> Path:
+def save(
+    engine: Engine,
+    plan: Plan,
+    progress: Progress,
+    data_fingerprint: str,
+    mesh: Mesh,
+    carried: CarriedStates | None = None,
+) -> Path:
     """Collective. Raises UserError on all ranks if the first rank cannot write; earlier checkpoints stay."""
     folder = checkpoint_folder(plan.run_directory)
     path = folder / f"step-{progress.step:08d}"
@@ -59,6 +68,8 @@ def save(engine: Engine, plan: Plan, progress: Progress, data_fingerprint: str, 
         values = engine.parameters() if kind == "parameters" else engine.moments(kind)
         tensors = collect(values, mesh)  # every rank takes part in gathering; the first keeps
         hashes[name] = agree(partial(_write, temporary / name, tensors), mesh, first_only=True)
+    if carried is not None:
+        hashes |= dict(pair for pair in gather(agree(lambda: _write_carried(carried, temporary), mesh)) if pair)
     state = {
         "step": progress.step, "optimizer_step": engine.optimizer_step(), "tokens": progress.tokens,
         "shape": plan.shape.to_dict(), "config": plan.config.model_dump(mode="json"),
@@ -66,6 +77,11 @@ def save(engine: Engine, plan: Plan, progress: Progress, data_fingerprint: str, 
     }  # fmt: skip
     agree(lambda: _finish(temporary, path, state, plan.config.checkpoint.keep), mesh, first_only=True)
     return path
+
+
+def _write_carried(carried: CarriedStates, folder: Path) -> tuple[str, str] | None:
+    name = carried.save(folder)
+    return None if name is None else (name, _flushed(folder / name))
 
 
 def collect(values: Iterable[tuple[str, Tensor]], mesh: Mesh) -> dict[str, Tensor]:
@@ -101,6 +117,11 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> str:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(path.parent, ignore_errors=True)
         raise UserError(f"{path} could not be written ({error}); the earlier checkpoints are untouched") from error
+    return _flushed(path)
+
+
+def _flushed(path: Path) -> str:
+    """Its sha256, once it is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return _sha256(path)
@@ -136,7 +157,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint whose files are all there with the right hashes. UserError names what is not."""
     try:
         state = json.loads((path / "state.json").read_text())
-        for name in FILES.values():
+        for name in {*FILES.values(), *state["files"]}:
             if _sha256(path / name) != state["files"][name]:
                 raise UserError(f"{path / name} is damaged: its sha256 is not the one in state.json")
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -163,7 +184,9 @@ def load_model(path: Path) -> tuple[LanguageModel, dict[str, Any]]:
     return model.eval(), state
 
 
-def resume(engine: Engine, plan: Plan, data_fingerprint: str, mesh: Mesh) -> Progress:
+def resume(
+    engine: Engine, plan: Plan, data_fingerprint: str, mesh: Mesh, carried: CarriedStates | None = None
+) -> Progress:
     """Restores the newest checkpoint of the run on any layout; Progress() if there is none. Collective."""
     path = agree(lambda: find_latest(plan.run_directory), mesh, first_only=True)
     if path is None:
@@ -172,6 +195,8 @@ def resume(engine: Engine, plan: Plan, data_fingerprint: str, mesh: Mesh) -> Pro
     agree(lambda: _check(path, state, plan, data_fingerprint), mesh)
     values = {kind: load_file(str(path / name)) for kind, name in FILES.items()}
     engine.load(values, int(state["optimizer_step"]))
+    if carried is not None:
+        carried.load(path, [name for name in state["files"] if name.startswith("carried-")])
     return Progress(int(state["step"]), int(state["tokens"]))
 
 

@@ -23,6 +23,7 @@ from titans_train.parallel.engine import zero_config
 from titans_train.parallel.shards import ShardSettings
 from titans_train.plan import Plan
 from titans_train.training import checkpoint, run_folder
+from titans_train.training.carried import CarriedStates
 from titans_train.training.checkpoint import Progress
 from titans_train.training.optimizer import learning_rate, make_optimizer
 from titans_train.training.step import StepResult, train_step
@@ -75,8 +76,9 @@ def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str,
     held_out = agree(lambda: open_dataset(plan.config, "validation", alignment), mesh)
     agree(lambda: run_folder.write(plan), mesh, first_only=True)
     engine = build_engine(plan, mesh)
-    progress = checkpoint.resume(engine, plan, data.fingerprint, mesh)
-    run = Run(plan, mesh, engine, data, held_out, progress)
+    carried = CarriedStates(plan, mesh) if plan.config.training.carry_state else None
+    progress = checkpoint.resume(engine, plan, data.fingerprint, mesh, carried)
+    run = Run(plan, mesh, engine, data, held_out, progress, carried)
     try:
         return run.go(stop_after)
     finally:
@@ -111,10 +113,17 @@ class Run:
     """The loop over steps and what happens beside it: logs, validation, samples, checkpoints."""
 
     def __init__(
-        self, plan: Plan, mesh: Mesh, engine: Engine, data: Dataset, held_out: Dataset, progress: Progress
+        self,
+        plan: Plan,
+        mesh: Mesh,
+        engine: Engine,
+        data: Dataset,
+        held_out: Dataset,
+        progress: Progress,
+        carried: CarriedStates | None = None,
     ) -> None:
         self.plan, self.mesh, self.engine, self.data, self.held_out = plan, mesh, engine, data, held_out
-        self.progress = progress
+        self.progress, self.carried = progress, carried
         self.config = plan.config
         watch = self.config.monitoring
         self.metrics = Metrics(plan.run_directory, progress.step, watch.tensorboard) if mesh.is_first else None
@@ -155,7 +164,7 @@ class Run:
         if logs:
             watching = recording(self.engine.model)
         with watching as records:
-            result = train_step(self.engine, batches, rate)
+            result = train_step(self.engine, batches, rate, carried=self.carried)
         self.progress = Progress(step, self.progress.tokens + self.plan.tokens_per_step)
         self.window.tokens += self.plan.tokens_per_step
         if logs:
@@ -224,7 +233,7 @@ class Run:
         self.window = Window(time.perf_counter())
 
     def _save(self) -> None:
-        checkpoint.save(self.engine, self.plan, self.progress, self.data.fingerprint, self.mesh)
+        checkpoint.save(self.engine, self.plan, self.progress, self.data.fingerprint, self.mesh, self.carried)
         self.saved_step = self.progress.step
         self.window = Window(time.perf_counter())
 
