@@ -129,8 +129,8 @@ def working_bytes(shape: ModelShape, at: Placement) -> int:
     """The most that a backward needs beside what it was given: at the head, or in the last layer's scan.
 
     Head: what was sent to other shards; two gradients of V float32 on one rank, one where Megatron's cross-entropy
-    works in place. Scan: the states of the segment that it recomputes, two more of gradients, and 12 D numbers in float32 per
-    token; what the last layer kept of what follows the scan (feed-forward, MAL's attention) is free by then.
+    works in place. Scan: the states of the segment that it recomputes, two more of gradients, and 12 D numbers in
+    float32 per token; what the last layer kept of what follows the scan (feed-forward, MAL's attention) is free then.
     """
     head = FLOAT32 * at.tokens * shape.padded_vocabulary // at.tensor * (2 if at.tensor == 1 else 1)
     head += sent_bytes(shape, at)
@@ -197,7 +197,7 @@ def carried_row_bytes(shape: ModelShape, at: Placement) -> int:
     if shape.memory is not None:
         total += _state_bytes(shape, at) // at.sequences
         total += (shape.memory.convolution - 1) * own * (4 if shape.block == "mac" else 3)
-    if shape.has_attention and shape.attention.window is not None:
+    if shape.has_attention and shape.block != "mac" and shape.attention.window is not None:
         total += (shape.attention.window - 1) * (2 * own + 1)
     return shape.layers * total
 

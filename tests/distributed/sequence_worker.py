@@ -10,20 +10,23 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.models.shapes import tiny
+from titans_train.memory import MemoryState, memory_scan
 from titans_train.models import LanguageModel
 from titans_train.models.tree import tensors_of
 from titans_train.parallel import Mesh, make_parts, mesh_of, process_group
 from titans_train.parallel.groups import data_group
 from titans_train.parallel.links import Links
-from titans_train.parallel.shards import ShardSettings
+from titans_train.parallel.shards import Shards, ShardSettings
 
 VOCABULARY = 32
 
@@ -110,13 +113,83 @@ def compare(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     return errors
 
 
+def causality(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
+    """Largest change of the logits where the last shard's tokens change: before that shard, and within."""
+    shape = tiny(case["block"], memory=case["memory"], attention=case["attention"])
+    parts = make_parts(mesh, False, ShardSettings(case["shard"], case["pieces"], case["strategy"]))
+    torch.manual_seed(3)
+    model = LanguageModel(shape, parts).double()
+    tokens, _, _ = inputs(case, mesh.sequence)
+    other = tokens.clone()
+    other[:, -case["shard"] :] = (other[:, -case["shard"] :] + 1) % 29
+    with torch.no_grad():
+        a, b = (model(parts.shard(t)).logits for t in (tokens, other))
+    parts.finish()
+    change = float((a - b).abs().max())
+    last = mesh.sequence_rank == mesh.sequence - 1
+    return {"before": 0.0 if last else change, "within": change if last else 0.0}
+
+
+def compare_scan(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
+    """The scan alone: its outputs, the state it ends with, and the gradient of every input."""
+    shape = tiny("lmm", memory=case["memory"])
+    assert shape.memory is not None
+    m, d = shape.memory, shape.head_dim
+    tokens, starts, _ = inputs(case, mesh.sequence)
+    rows, length = tokens.shape
+    generator = torch.Generator().manual_seed(11)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    sizes = list(pairwise([d, *[m.hidden] * (m.depth - 1), d]))
+    weights = [random(2, a, b) * a**-0.5 for a, b in sizes]
+    qkv = [F.normalize(random(rows, 2, length, d), dim=-1) for _ in range(3)]
+    gates = [random(rows, 2, length).sigmoid() * limit for limit in (0.2, 0.9, 0.3)]
+    norm = [random(2, d), random(2, d)] if m.residual_norm else []
+    d_y, d_end = random(rows, 2, length, d), [random(rows, 2, a, b) for a, b in sizes * 2]
+
+    def run(scan: Any, cut: Any, last: bool) -> list[list[Tensor]]:
+        by_token = [cut(t).detach().clone().requires_grad_() for t in (*qkv, *gates)]
+        shared = [t.detach().clone().requires_grad_() for t in (*norm, *weights)]
+        gain, bias = shared[:2] if norm else (None, None)
+        start = MemoryState.start(tuple(w[None] for w in shared[len(norm) :])).expand(rows)
+        y, end = scan(
+            *by_token, start, chunk_size=m.chunk_size, activation=m.activation, gain=gain, bias=bias,
+            document_starts=None if starts is None else cut(starts[:, None])[:, 0],
+            document_state=None if starts is None else start, store_every=m.store_every,
+        )  # fmt: skip
+        ends = [*end.weights, *end.momentum] if last else []
+        loss = (y * cut(d_y)).sum()
+        for tensor, gradient in zip(ends, d_end, strict=last):
+            loss = loss + (tensor * gradient).sum()
+        loss.backward()
+        return [[y], ends, [t.grad for t in by_token], [t.grad for t in shared]]  # type: ignore[list-item]
+
+    first, last = mesh.sequence_rank * case["shard"], mesh.sequence_rank == mesh.sequence - 1
+
+    def cut(t: Tensor) -> Tensor:
+        return t[:, :, first : first + case["shard"]]
+
+    shards = Shards(Links(mesh), 0, ShardSettings(case["shard"], case["pieces"], case["strategy"]))
+    want, got = run(memory_scan, lambda t: t, last=True), run(shards.scan, cut, last)
+    shards.links.finish()
+    outputs = [error(got[0][0], cut(want[0][0])), *(error(a, b) for a, b in zip(got[1], want[1], strict=last))]
+    gradients = [error(a, cut(b)) for a, b in zip(got[2], want[2], strict=True)]
+    for a, b in zip(got[3], want[3], strict=True):
+        dist.all_reduce(a, group=data_group(mesh))
+        gradients.append(error(a / mesh.data, b))
+    return {"output": max(outputs), "gradient": max(gradients)}
+
+
 def main(job: Path) -> None:
     wanted = json.loads(job.read_text())
     out = []
     with process_group() as whole:
         for case in wanted:
             with mesh_of(1, case["shards"]) as mesh:
-                errors = compare(case, mesh)
+                how = compare_scan if case["block"] == "scan" else causality if case["causality"] else compare
+                errors = how(case, mesh)
             values = torch.tensor(list(errors.values()))
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
             out.append(dict(zip(errors, values.tolist(), strict=True)))

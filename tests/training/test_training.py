@@ -59,7 +59,7 @@ def test_a_run_goes_on_under_another_stage_and_micro_batch(runs: Path) -> None:
         assert a == pytest.approx(b, abs=1e-5), step
 
 
-@pytest.mark.parametrize("run", ["split", "to-data", "to-tensor"])
+@pytest.mark.parametrize("run", ["split", "to-data", "to-tensor", "shards", "to-shards"])
 def test_a_run_is_the_same_on_every_layout_and_moves_between_them(runs: Path, run: str) -> None:
     for key in ("loss", "grad_norm", "validation_loss"):
         for (step, a), (other, b) in zip(lines(runs / run, key), lines(runs / "whole-1", key), strict=True):
@@ -68,6 +68,19 @@ def test_a_run_is_the_same_on_every_layout_and_moves_between_them(runs: Path, ru
     assert ours == pytest.approx(theirs, rel=1e-4)  # means over all heads and sequences, wherever they are
     for name, tensor in last(runs / "whole-1")["model.safetensors"].items():
         assert (last(runs / run)["model.safetensors"][name] - tensor).abs().max() < 1e-4, name
+
+
+def test_rows_go_on_in_the_next_batch_on_every_layout_and_over_a_resume(runs: Path) -> None:
+    """Two sequence shards, then two halves of the heads, then two halves of the batch; against the last from the start.
+
+    tests/training/test_carried.py shows that what is carried is right.
+    """
+    for key in ("loss", "grad_norm"):
+        ours, theirs = lines(runs / "carried-shards", key), lines(runs / "carried", key)
+        assert [s for s, _ in ours] == list(range(1, STEPS + 1))
+        assert [v for _, v in ours] == pytest.approx([v for _, v in theirs], abs=1e-4)
+    files = list((runs / "carried" / "checkpoints" / f"step-{STEPS:08d}").glob("carried-*"))
+    assert sorted(f.name for f in files) == ["carried-00000000.safetensors", "carried-00000002.safetensors"]
 
 
 def test_ranks_share_the_tokens_of_the_last_validation_batch_too(runs: Path) -> None:
@@ -114,8 +127,8 @@ def test_the_console_shows_the_run_and_not_the_libraries(runs: Path) -> None:
     console = (runs / "console.txt").read_text()
     assert "step 5/5" in console and "left" in console and "finished" in console
     assert (
-        console.count("step 4, sample:\ndef ") == 4 + 4 + 2 + 3
-    )  # whole and resumed runs of four stages; moved and bf16; layouts
+        console.count("step 4, sample:\ndef ") == 4 + 4 + 2 + 3 + 4
+    )  # whole and resumed runs of four stages; moved and bf16; layouts; shards and carried
     for noise in ("Warning", "[INFO]", "deepspeed", "DeepSpeed"):
         assert noise not in console
     assert "Transformer Engine" not in (runs / "errors.txt").read_text()

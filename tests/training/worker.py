@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from titans_train.config import RunConfig
-from titans_train.parallel import mesh_of, process_group
+from titans_train.parallel import Mesh, mesh_of, process_group
 from titans_train.plan import Plan, make_plan
 from titans_train.training.loop import train_on
 
@@ -64,9 +64,28 @@ def main(folder: Path, prepared: Path) -> None:
         train_on(mesh, plan_of(folder, prepared, "to-tensor", 2, 2), stop_after=3)
         with mesh_of(tensor=2) as halves:
             train_on(halves, plan_of(folder, prepared, "to-tensor", 3, 2, parallel={"tensor": 2, "zero_stage": 3}))
+        shards(mesh, folder, prepared)
         bf16 = plan_of(folder, prepared, "bf16", 2, mesh.world_size, run={"dtype": "bfloat16"})
         train_on(mesh, bf16, stop_after=3)
         train_on(mesh, bf16)
+
+
+def shards(mesh: Mesh, folder: Path, prepared: Path) -> None:
+    """Sequence shards, alone and before and after data parallelism; and rows that go on in the next batch."""
+    two = {"parallel": {"sequence": 2, "pieces": 2}, "training": {"micro_batch_size": 1}}
+    waves = {"parallel": {"sequence": 2, "zero_stage": 2, "wave": 2}}
+    carry = {"carry_state": True}
+    carried = {"parallel": {"sequence": 2}, "training": carry}
+    train_on(mesh, plan_of(folder, prepared, "to-shards", 1, 2), stop_after=3)
+    train_on(mesh, plan_of(folder, prepared, "carried", 1, 2, training=carry))
+    with mesh_of(sequence=2) as halves:
+        train_on(halves, plan_of(folder, prepared, "shards", 1, 2, **two))
+        train_on(halves, plan_of(folder, prepared, "to-shards", 2, 2, **waves))
+        train_on(halves, plan_of(folder, prepared, "carried-shards", 1, 2, **carried), stop_after=3)
+    with mesh_of(tensor=2) as heads:
+        changed = {"parallel": {"tensor": 2}, "training": {**carry, "micro_batch_size": 2}}
+        train_on(heads, plan_of(folder, prepared, "carried-shards", 1, 2, **changed), stop_after=1)
+    train_on(mesh, plan_of(folder, prepared, "carried-shards", 1, 2, training=carry))
 
 
 if __name__ == "__main__":

@@ -231,14 +231,15 @@ def memory(args: argparse.Namespace) -> int:
     rows = [r | {"relative": r["peak"] / first[r["block"]]} for r in rows]
     rows.sort(key=lambda r: (args.blocks.index(r["block"]), r["ranks"]))
     lines = [
-        f"| block | ranks | tokens | peak of a rank, MiB | of {min(args.ranks)} rank's | by rank, MiB | pieces |",
-        "|---" * 7 + "|",
+        f"| block | ranks | tokens | peak of a rank, MiB | of {min(args.ranks)} rank's | by rank, MiB "
+        "| of these model and Adam, MiB | pieces |",
+        "|---" * 8 + "|",
     ]
     for r in rows:
         by_rank = ", ".join(f"{peak / 2**20:.1f}" for peak in r["peaks"])
         lines.append(
             f"| {r['block']} | {r['ranks']} | {r['tokens']} | {r['peak'] / 2**20:.1f} | {r['relative']:.3f} "
-            f"| {by_rank} | {r['pieces_used']} |"
+            f"| {by_rank} | {r['fixed'] / 2**20:.1f} | {r['pieces_used']} |"
         )
     return report(rows, "\n".join(lines), args.json, [r for r in rows if r["relative"] > 1 + FLAT], "not flat")
 

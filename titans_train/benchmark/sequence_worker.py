@@ -241,6 +241,7 @@ def memory(mesh: Any, layout: Row) -> Row:
     """Bytes of tensors at the peak of a second training step, model, gradients, Adam and tokens included.
 
     ZeRO 0: nothing but the sequence is shared between the ranks, so that ranks cannot save anything by being more.
+    fixed: of these, parameters, gradients and Adam's moments.
     """
     from titans_train.parallel import gather
     from titans_train.training.loop import build_engine
@@ -253,7 +254,9 @@ def memory(mesh: Any, layout: Row) -> Row:
             counted.reset_peak()
             train_step(engine, [data], 1e-3)
     peaks = gather(counted.peak)
-    return {"peak": max(peaks), "peaks": peaks, "pieces_used": plan.sequence.pieces}
+    return {
+        "peak": max(peaks), "peaks": peaks, "fixed": 4 * 4 * plan.parameter_count, "pieces_used": plan.sequence.pieces,
+    }  # fmt: skip
 
 
 def long(mesh: Any, layout: Row) -> Row:

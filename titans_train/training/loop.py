@@ -86,15 +86,17 @@ def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str,
             run.metrics.close()
 
 
-def layer_figures(records: dict[int, dict[str, torch.Tensor]]) -> dict[str, dict[str, float]]:
-    """Means over all ranks (their heads and sequences; each has as many) of what the memory layers recorded.
+def layer_figures(records: dict[int, dict[str, torch.Tensor]], mesh: Mesh) -> dict[str, dict[str, float]]:
+    """Means over all ranks (their heads and tokens; each has as many) of what the memory layers recorded.
 
-    Collective.
+    Norms are of the states that sequences end with, which are the last shards'. Collective.
     """
     names = [(n, key) for n, values in records.items() for key in values]
     if not names:
         return {}
-    means = mean_over_ranks(torch.stack([records[n][key].double() for n, key in names])).tolist()
+    ends = mesh.sequence if mesh.sequence_rank == mesh.sequence - 1 else 0
+    mine = torch.stack([records[n][key].double() * (ends if "norm" in key else 1) for n, key in names])
+    means = mean_over_ranks(mine).tolist()
     figures: dict[str, dict[str, float]] = {}
     for (n, key), mean in zip(names, means, strict=True):
         figures.setdefault(f"layer_{n}", {})[key] = mean
@@ -191,7 +193,7 @@ class Run:
             "mfu": speed * self.plan.flops_per_token / (self.peak_flops * self.plan.world_size),
             "peak_memory_bytes": peak_memory_bytes(),
         }  # fmt: skip
-        figures |= layer_figures(records)
+        figures |= layer_figures(records, self.mesh)
         if self.metrics is not None:
             self.metrics.write(self.progress.step, figures)
         self.console.progress(self.progress.step, loss, norm, rate, speed)
