@@ -39,12 +39,12 @@ class Waits:
     share: float  # of a layer's time that is scan; the rest is half before it and half after
     repetitions: int
 
-    def job(self, latency: float = 0.0) -> Job:
-        """latency: of a message, in seconds."""
+    def job(self, latency: float = 0.0, overhead: float = 0.0) -> Job:
+        """latency: of a message; overhead: of a piece beyond its sleep; in seconds."""
 
         def times(layer: float) -> Times:
             beside = (1 - self.share) / 2 * layer / 1e3
-            return Times(beside, self.share * layer / 1e3 / self.pieces, beside, latency)
+            return Times(beside, self.share * layer / 1e3 / self.pieces + overhead, beside, latency)
 
         forward, backward = times(self.forward_ms), times(self.backward_ms)
         return Job(self.layers, self.ranks, self.pieces, self.micro_batches, self.wave, forward, backward)
@@ -137,13 +137,14 @@ def waits_of(args: argparse.Namespace) -> list[Waits]:
 
 def beside_simulation(layout: Waits, row: Row) -> Row:
     """Adds what follows from the measured seconds."""
-    plain, late = simulate(layout.job()), simulate(layout.job(row["latency_us"] / 1e6))
     work, steps = layout.job().work, 2 * layout.micro_batches * layout.layers * layout.pieces
-    measured = work / row["makespan"]
+    latency, cpu, measured = row["latency_us"] / 1e6, row["cpu"] / steps, work / row["makespan"]
+    plain, late, slow = (simulate(layout.job(*of)) for of in ((), (latency,), (latency, cpu)))
     return row | {
         "work": work, "efficiency": measured, "simulated_without_latency": plain.efficiency,
         "simulated": late.efficiency, "ratio": measured / late.efficiency,
-        "overhead_ms": 1e3 * (row["alone"] - work) / steps, "cpu_ms": 1e3 * row["cpu"] / steps,
+        "simulated_with_cpu": work / slow.makespan, "cpu_ms": 1e3 * cpu,
+        "overhead_ms": 1e3 * (row["alone"] - work) / steps,
     }  # fmt: skip
 
 
@@ -153,21 +154,24 @@ def waits(args: argparse.Namespace) -> int:
     rows = [beside_simulation(layout, row) for layout, row in zip(layouts, found, strict=True)]
     lines = [
         "| scan, of a layer | micro-batches | wave | pieces | of ms, forward + backward | makespan, s | measured, % "
-        "| simulated, % | measured / simulated | message, us | overhead of a piece, ms | CPU of a piece, ms |",
-        "|---" * 12 + "|",
+        "| simulated, % | measured / simulated | message, us | CPU of a piece, ms | simulated with that CPU, % "
+        "| overhead of a piece alone, ms |",
+        "|---" * 13 + "|",
     ]
     for r in rows:
         piece = [r["share"] * r[k] / r["pieces"] for k in ("forward_ms", "backward_ms")]
         lines.append(
             f"| {r['share']:.0%} | {r['micro_batches']} | {r['wave']} | {r['pieces']} | {piece[0]:g} + {piece[1]:g} "
             f"| {r['makespan']:.3f} | {100 * r['efficiency']:.1f} | {100 * r['simulated']:.1f} | {r['ratio']:.3f} "
-            f"| {r['latency_us']:.0f} | {r['overhead_ms']:.2f} | {r['cpu_ms']:.2f} |"
+            f"| {r['latency_us']:.0f} | {r['cpu_ms']:.2f} | {100 * r['simulated_with_cpu']:.1f} "
+            f"| {r['overhead_ms']:.2f} |"
         )
     lines += [
         "",
         f"{args.layers} layers, {args.ranks} ranks. measured: the sleeps of a rank / wall time, median of "
-        f"{args.repetitions}. simulated: with the measured time of a message. overhead: what a piece takes beyond its "
-        "sleep when all ranks run at once without messages; CPU: of a rank, with messages.",
+        f"{args.repetitions}. simulated: with the measured time of a message. CPU: of a rank's main thread, everything "
+        "but sleeps, shared out over pieces. overhead: what a piece takes beyond its sleep when all ranks run at once "
+        "without messages.",
     ]
     return report(rows, "\n".join(lines), args.json, [r for r in rows if r["ratio"] < ENOUGH], "below the aim")
 
