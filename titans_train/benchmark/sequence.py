@@ -155,8 +155,8 @@ def waits(args: argparse.Namespace) -> int:
     lines = [
         "| scan, of a layer | micro-batches | wave | pieces | of ms, forward + backward | makespan, s | measured, % "
         "| simulated, % | measured / simulated | message, us | CPU of a piece, ms | simulated with that CPU, % "
-        "| overhead of a piece alone, ms |",
-        "|---" * 13 + "|",
+        "| overhead of a piece alone, ms | cores others used |",
+        "|---" * 14 + "|",
     ]
     for r in rows:
         piece = [r["share"] * r[k] / r["pieces"] for k in ("forward_ms", "backward_ms")]
@@ -164,7 +164,7 @@ def waits(args: argparse.Namespace) -> int:
             f"| {r['share']:.0%} | {r['micro_batches']} | {r['wave']} | {r['pieces']} | {piece[0]:g} + {piece[1]:g} "
             f"| {r['makespan']:.3f} | {100 * r['efficiency']:.1f} | {100 * r['simulated']:.1f} | {r['ratio']:.3f} "
             f"| {r['latency_us']:.0f} | {r['cpu_ms']:.2f} | {100 * r['simulated_with_cpu']:.1f} "
-            f"| {r['overhead_ms']:.2f} |"
+            f"| {r['overhead_ms']:.2f} | {r['others']:.2f} |"
         )
     lines += [
         "",
@@ -195,15 +195,15 @@ def compute(args: argparse.Namespace) -> int:
     rows = rows_of("sequence", compute_of(args), part="compute")
     lines = [
         "| level | strategy | memory | pieces | 1 process, s | shards, s | speed-up | predicted | without messages "
-        "| sent by a rank and layer, forward; backward |",
-        "|---" * 10 + "|",
+        "| sent by a rank and layer, forward; backward | cores others used |",
+        "|---" * 11 + "|",
     ]
     for r in rows:
         memory = f"depth {r['depth']}{', norm' if r['norm'] else ''}"
         lines.append(
             f"| {r['level']} | {r['strategy']} | {memory} | {r['pieces']} | {r['whole']:.2f} | {r['sharded']:.2f} "
             f"| {r['speed_up']:.2f} | {r['predicted']:.2f} | {r['ceiling']:.2f} "
-            f"| {_sent(r['forward_bytes'])}; {_sent(r['backward_bytes'])} |"
+            f"| {_sent(r['forward_bytes'])}; {_sent(r['backward_bytes'])} | {r['others']:.2f} |"
         )
     lines += [
         "",

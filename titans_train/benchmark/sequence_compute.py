@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def step_of(module: Operators | Blocks, links: Any = None) -> Callable[[], Row]:
 
 def compute(mesh: Any, layout: Row) -> Row:
     """Seconds of every round; bytes that a rank sends for a layer (the most of any rank, headers included)."""
-    from titans_train.benchmark.sequence_worker import together
+    from titans_train.benchmark.sequence_worker import OtherWork, together
     from titans_train.parallel import gather
     from titans_train.parallel.links import Links
     from titans_train.parallel.shards import Shards, ShardSettings
@@ -161,14 +162,18 @@ def compute(mesh: Any, layout: Row) -> Row:
         if name in steps:
             results[name] = steps[name]()
 
-    rounds = [{name: together(lambda name=name: run(name)) for name in ("alone", "whole", "sharded")}  # type: ignore[misc]
-              for _ in range(layout["rounds"] + 1)][1:]  # fmt: skip
+    def round_() -> dict[str, float]:
+        return {name: together(partial(run, name)) for name in ("alone", "whole", "sharded")}
+
+    round_()  # the first is slow
+    with OtherWork() as others:
+        rounds = [round_() for _ in range(layout["rounds"])]
     found = gather(results)
     whole = found[0]["whole"]
     times = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
     both = [_most([rank["sharded"]["sent"][way] for rank in found], layers) for way in (0, 1)]
     return {
-        **times, "rounds_seconds": rounds,
+        **times, "rounds_seconds": rounds, "others": others.cores,
         "speed_up": statistics.median(r["whole"] / r["sharded"] for r in rounds),
         "ceiling": statistics.median(r["whole"] / r["alone"] for r in rounds),
         "predicted": predicted(layout, shape), "forward_bytes": both[0], "backward_bytes": both[1],

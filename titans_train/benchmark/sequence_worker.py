@@ -7,6 +7,7 @@ _Wave); only the work on a piece's tokens is replaced by a sleep, and the rest o
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +50,33 @@ def together(run: Callable[[], Any]) -> float:
     run()
     spans = gather((started, time.monotonic()))
     return max(stop for _, stop in spans) - min(start for start, _ in spans)
+
+
+class OtherWork:
+    """Within `with OtherWork() as others`: then others.cores, the cores that other programs kept busy. Collective.
+
+    Not a number where there is no /proc/stat.
+    """
+
+    def __enter__(self) -> OtherWork:
+        self.cores = float("nan")
+        self._before = self._now()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        from titans_train.parallel import gather
+
+        elapsed, busy, own = (b - a for a, b in zip(self._before, self._now(), strict=True))
+        self.cores = max(0.0, gather((busy - sum(gather(own))) / elapsed)[0])
+
+    def _now(self) -> tuple[float, float, float]:
+        """Seconds: a clock, all programs on all cores, this process."""
+        try:
+            user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        except OSError:
+            return time.monotonic(), float("nan"), time.process_time()
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), busy, time.process_time()
 
 
 # ---- waits
@@ -194,12 +222,14 @@ def waits(mesh: Any, layout: Row) -> Row:
     message = latency(links)
     with sleeping_scans(*piece):
         before = time.thread_time()  # without gloo's threads, which poll
-        seconds = [together(stack.step) for _ in range(layout["repetitions"])]
+        with OtherWork() as others:
+            seconds = [together(stack.step) for _ in range(layout["repetitions"])]
         cpu = (time.thread_time() - before) / layout["repetitions"]
         by_itself = together(alone.step)
     return {
         "seconds": seconds, "makespan": statistics.median(seconds), "latency_us": 1e6 * message,
         "alone": layout["micro_batches"] * by_itself, "cpu": statistics.mean(gather(cpu)),
+        "others": others.cores,
         "overshoot_us": [1e6 * late for late in gather(overshoot())],
     }  # fmt: skip
 
