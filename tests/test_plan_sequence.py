@@ -1,0 +1,120 @@
+"""How a plan crosses sequence shards: its predictions are those of the simulated schedule, its choices follow them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.config.samples import load
+from tests.models.shapes import tiny
+from titans_train.benchmark.schedule import Job, Times, simulate
+from titans_train.plan import make_plan
+from titans_train.plan_sequence import (
+    ENOUGH,
+    GOOD,
+    SequencePlan,
+    Work,
+    affine_flops,
+    blocked_efficiency,
+    efficiency,
+    plan_sequence,
+    work,
+)
+from titans_train.shape import ModelShape
+
+LINEAR = {"depth": 1, "residual_norm": False}
+
+
+def big(block: str = "lmm", **memory: Any) -> ModelShape:
+    shape = tiny(block, memory={"chunk_size": 64, "hidden": 256, **memory} if block != "transformer" else None)
+    return replace(shape, layers=24, width=1024, heads=16, head_dim=64, feed_forward=2752)
+
+
+def planned(shape: ModelShape, **changes: Any) -> SequencePlan:
+    options: dict[str, Any] = {
+        "shards": 8, "length": 65536, "sequences": 1, "tensor": 1, "micro_batches": 4, "stage": 1, "strategy": None,
+        "pieces": None, "wave": None,
+    }  # fmt: skip
+    return plan_sequence(shape, **(options | changes))
+
+
+@pytest.mark.parametrize(("pieces", "wave"), [(1, 1), (4, 1), (2, 2), (4, 4)])
+@pytest.mark.parametrize("barrier", [False, True])
+def test_the_prediction_is_the_simulated_schedule(pieces: int, wave: int, barrier: bool) -> None:
+    w = Work(layer=10.0, slowest=10.0, chain=4.0, again=4.0, affine=0.0, head=0.0)
+    forward = Times(before=3.0, piece=4.0 / pieces, after=3.0)
+    backward = Times(before=6.0, piece=12.0 / pieces, after=6.0)
+    job = Job(24, 8, pieces, 4, wave, forward, backward, barrier)
+    if barrier:
+        assert blocked_efficiency(w, 24, 8, pieces) == pytest.approx(simulate(job).efficiency, rel=1e-9)
+    else:
+        assert efficiency(w, 24, 8, 4, pieces, wave) == pytest.approx(simulate(job).efficiency, rel=1e-9)
+
+
+def test_as_few_pieces_as_reach_the_aim() -> None:
+    shape = big()
+    plan = planned(shape)
+    w = work(shape, 65536, 8)
+    assert plan.efficiency >= GOOD and plan.pieces > 1 and plan.wave == 1
+    assert efficiency(w, 24, 8, 4, plan.pieces - 1, 1) < GOOD
+
+
+def test_waves_grow_only_where_pieces_do_not_suffice() -> None:
+    """MAC with one sequence has nothing to cut."""
+    plan = planned(big("mac"), shards=16, micro_batches=8)
+    assert plan.pieces == 1 and plan.wave in (2, 4, 8)
+    alone = planned(big("mac"), shards=16, micro_batches=8, wave=1)
+    assert alone.efficiency < min(ENOUGH, plan.efficiency)
+
+
+def test_what_the_config_says_is_kept() -> None:
+    plan = planned(big(**LINEAR), pieces=3, wave=2, strategy="wavefront")
+    assert (plan.pieces, plan.wave, plan.strategy) == (3, 2, "wavefront")
+    assert "asks for it" in plan.reason
+
+
+def test_a_linear_memory_over_very_many_shards_uses_affine_maps() -> None:
+    few, many = (planned(big(**LINEAR), shards=p, micro_batches=1) for p in (4, 1024))
+    assert few.strategy == "wavefront" and many.strategy == "affine"
+    assert "the other" in few.reason and "the other" in many.reason
+    assert planned(big(), shards=1024, micro_batches=1).strategy == "wavefront"
+
+
+def test_the_affine_scan_adds_the_work_of_its_two_functions() -> None:
+    """tests/memory/test_affine.py counts the products of both."""
+    assert affine_flops(big(**LINEAR)) == 16 * (18 * 64**2 + 10 * 64**2 + 4 * 64 * 64)
+    assert affine_flops(big(**LINEAR, momentum=False)) == 16 * (8 * 64**2 + 6 * 64**2 + 4 * 64 * 64)
+    assert affine_flops(big()) == 0
+
+
+def test_zero_3_is_warned_of_with_its_predicted_cost() -> None:
+    one, three = planned(big(), stage=1), planned(big(), stage=3)
+    assert not one.warnings
+    (text,) = three.warnings
+    assert "ZeRO 3" in text and f"{three.efficiency:.0%}" in text and "use" not in three.reason
+
+
+def test_zero_2_reduces_at_the_end_where_a_wavefront_would_stop(tmp_path: Path) -> None:
+    whole, cut = (make_plan(load(tmp_path, f"parallel.sequence={p}", "parallel.zero_stage=2"), 2) for p in (1, 2))
+    assert cut.zero.bucket == cut.parameter_count > whole.zero.bucket
+
+
+def test_full_attention_over_shards_waits_for_the_last_one() -> None:
+    shape = replace(big("transformer"), attention=replace(big("transformer").attention, window=None))
+    short, long = planned(shape, length=8192), planned(shape, length=1048576)
+    assert long.efficiency < short.efficiency < 1 and long.efficiency > 0.5
+    windowed = replace(shape, attention=replace(shape.attention, window=512))
+    assert planned(windowed).efficiency == 1 and planned(windowed).strategy == "window"
+
+
+def test_the_plan_says_how_a_scan_crosses_shards(tmp_path: Path) -> None:
+    config = load(tmp_path, "parallel.sequence=2", "parallel.pieces=2", "parallel.zero_stage=3")
+    text = make_plan(config, 4).describe()
+    for part in (
+        "one sequence on ranks [0 1]: 32 tokens each", "wavefront in 2 pieces", "predicted efficiency",
+        "warning: ZeRO 3", "to the next shard", "to the shard before", "the memory is not linear",
+    ):  # fmt: skip
+        assert part in text, text
