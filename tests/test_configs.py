@@ -22,7 +22,8 @@ def name(path: Path) -> str:
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_a_file_is_a_valid_config(path: Path) -> None:
-    plan = make_plan(load_config(path))
+    config = load_config(path)
+    plan = make_plan(config, config.parallel.tensor * config.parallel.sequence)
     assert plan.parameter_count > 0
 
 

@@ -161,7 +161,8 @@ class Plan:
     def _describe_sequence(self) -> list[str]:
         s = self.sequence
         waves = f"waves of {s.wave} of {self.accumulation} micro-batches"
-        how = {"affine": "affine maps", "window": "keys handed on"}.get(s.strategy, f"wavefront in {s.pieces} pieces")
+        pieces = "one piece" if s.pieces == 1 else f"{s.pieces} pieces"
+        how = {"affine": "affine maps", "window": "keys handed on"}.get(s.strategy, f"wavefront in {pieces}")
         lines = [f"  scan over shards: {how}, {waves}; predicted efficiency {s.efficiency:.1%} ({s.reason})"]
         return lines + [f"  warning: {text}" for text in s.warnings]
 

@@ -74,7 +74,7 @@ class _Expected:
 
 
 class Links:
-    """This rank's edges. counted: messages and bytes sent, by (side, name)."""
+    """This rank's edges. count, bytes: of the messages that it has sent, by (side, name)."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.shard, self.shards, self.rank = mesh.sequence_rank, mesh.sequence, mesh.rank
@@ -85,7 +85,7 @@ class Links:
         self._posted: dict[str, deque[_Expected]] = {"left": deque(), "right": deque()}
         self._out: Counter[str] = Counter()
         self._in: Counter[str] = Counter()
-        self._unchecked: list[tuple[_Expected, str]] = []
+        self._unchecked: list[tuple[Tensor, Tensor, str]] = []
 
     def has(self, side: Side) -> bool:
         return self.peer[side] is not None
@@ -137,9 +137,9 @@ class Links:
         assert expected.label == label, f"{label} is asked for, but {expected.label} was posted"
         self._wait(expected.work, f"{label} from its {source} neighbour, rank {self.peer[source]}")
         if expected.buffer.device.type == "cpu":
-            self._check(expected, source)
-        else:
-            self._unchecked.append((expected, source))  # looking at it would make the host wait for the device
+            self._check(expected.header, expected.buffer[:HEADER], source)
+        else:  # looking at it would make the host wait for the device
+            self._unchecked.append((expected.header, expected.buffer[:HEADER].clone(), source))
         return self._unpack(expected)
 
     def _unpack(self, expected: _Expected) -> list[Tensor]:
@@ -149,11 +149,11 @@ class Links:
             first += _room(like)
         return tensors
 
-    def _check(self, expected: _Expected, source: str) -> None:
-        got = expected.buffer[:HEADER].view(torch.int64).cpu()
-        if not torch.equal(got, expected.header):
+    def _check(self, expected: Tensor, got: Tensor, source: str) -> None:
+        got = got.view(torch.int64).cpu()
+        if not torch.equal(got, expected):
             raise NeighbourError(
-                f"rank {self.rank} expected {describe(expected.header)} from its {source} neighbour, rank "
+                f"rank {self.rank} expected {describe(expected)} from its {source} neighbour, rank "
                 f"{self.peer[source]}, and got {describe(got)}: the ranks do not run the same program and config"
             )
 
@@ -181,6 +181,6 @@ class Links:
         for side in sides:
             assert not self._posted[side], f"{self._posted[side][0].label} was expected and never asked for"
             self.settle(side)
-        for expected, source in self._unchecked:
-            self._check(expected, source)
+        for expected, got, source in self._unchecked:
+            self._check(expected, got, source)
         self._unchecked.clear()
