@@ -1,4 +1,5 @@
-"""The only place that knows ranks and groups: mesh, groups, the adapters to DeepSpeed and megatron-core.
+"""The only place that knows ranks and groups: mesh, groups, the adapters to DeepSpeed and megatron-core; the links
+between sequence shards (links.py, shards.py) and the memory's scan over them (wavefront.py, affine_scan.py).
 
 Models and memory never import from here; training does, through `Mesh`, `process_group`, `agree` and `Engine`.
 """
