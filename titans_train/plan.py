@@ -123,7 +123,8 @@ class Plan:
             *lines,
             *(carried if self.carried_bytes else []),
             f"mesh        {self.mesh_text}; ZeRO stage {c.parallel.zero_stage}",
-            f"step        {batch}; each rank {self.accumulation} x {t.micro_batch_size} sequences",
+            f"step        {batch}; each rank {self.accumulation} x {t.micro_batch_size} sequences, "
+            f"{_waves(self.sequence.wave, self.accumulation)}",
             f"training    {t.steps:,} steps, {self.warmup_steps:,} of warm-up: {self.total_tokens:,} tokens",
             f"checkpoint  {human_bytes(disk)} each, {together}",
         ]
@@ -138,7 +139,7 @@ class Plan:
             models = [_ranks(i * p.tensor, 1, p.tensor) for i in range(self.data_parallel)]
             lines += [
                 f"  one model on ranks {_first_of(models)}",
-                f"  the i-th of these: heads {heads}i to {heads}i + {heads - 1}, {units} feed-forward units, "
+                f"  the i-th of these: {heads} heads from {heads}i on, {units} feed-forward units, "
                 f"{rows} rows of the vocabulary's table; {stream} of the residual stream",
             ]
         if p.sequence > 1:
@@ -160,7 +161,7 @@ class Plan:
 
     def _describe_sequence(self) -> list[str]:
         s = self.sequence
-        waves = f"waves of {s.wave} of {self.accumulation} micro-batches"
+        waves = _waves(s.wave, self.accumulation)
         pieces = "one piece" if s.pieces == 1 else f"{s.pieces} pieces"
         how = {"affine": "affine maps", "window": "keys handed on"}.get(s.strategy, f"wavefront in {pieces}")
         lines = [f"  scan over shards: {how}, {waves}; predicted efficiency {s.efficiency:.1%} ({s.reason})"]
@@ -262,7 +263,7 @@ def make_plan(config: RunConfig, world_size: int | None = None) -> Plan:
     placement = _placement(config, data_parallel, accumulation, sequence)
     by_stage = {stage: memory.memory(shape, placement, stage) for stage in memory.ZERO_STAGES}
     tokens_per_step = t.global_batch_size * t.sequence_length
-    carried = memory.carried_row_bytes(shape, replace(placement, tensor=1)) if t.carry_state else 0
+    carried = messages.carried_row_bytes(shape, replace(placement, tensor=1)) if t.carry_state else 0
     return Plan(
         config=config,
         shape=shape,
@@ -316,10 +317,16 @@ def _messages(shape: ModelShape, at: Placement, stage: int) -> dict[str, Message
         last = at.shards - 1
         found["a layer's forward, to the next shard"] = messages.across(shape, at, last - 1)["forward"]
         found["a layer's backward, to the shard before"] = messages.across(shape, at, last)["backward"]
+        if at.carries:
+            found["carried state, last shard to first, each step"] = messages.carried(shape, at)
     if at.replicas > 1:
         size = counts.parameters_per_rank(shape, at.tensor) * at.item
-        found[f"ZeRO {stage}, each step, in buckets"] = messages.zero(size, stage, at.accumulation)
+        found[f"ZeRO {stage}, each step, in buckets"] = messages.zero(size, stage, at.accumulation // at.wave)
     return found
+
+
+def _waves(wave: int, micro_batches: int) -> str:
+    return "a backward after each" if wave == 1 else f"a backward after {wave} of {micro_batches} forwards"
 
 
 def _first_of(items: list[str]) -> str:

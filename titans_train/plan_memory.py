@@ -50,7 +50,7 @@ def memory(shape: ModelShape, at: Placement, stage: int) -> dict[str, int]:
         "scan_states": scan_state_bytes(shape, at),
         "working": working_bytes(shape, at),
         "shards": shard_bytes(shape, at),
-        "carried": carried_row_bytes(shape, at) * at.sequences * at.accumulation if at.carries else 0,
+        "carried": messages.carried_row_bytes(shape, at) * at.sequences * at.accumulation if at.carries else 0,
     }
     if at.accumulation == at.wave:
         going = parts["activations"] + parts["scan_states"] + parts["working"]
@@ -188,18 +188,6 @@ def shard_bytes(shape: ModelShape, at: Placement) -> int:
         return 0
     keys = messages.reach(shape.attention.window, at.length * (at.shards - 1), at.carries)
     return layers * 2 * at.sequences * keys * shape.width // at.tensor * at.item
-
-
-def carried_row_bytes(shape: ModelShape, at: Placement) -> int:
-    """What one row carries into the next batch, all layers, on a rank: the memory's weights and momentum, the inputs of
-    its convolutions (MAC: of one more), the keys and values of a window and which of them count."""
-    own, total = shape.width // at.tensor * at.item, 0
-    if shape.memory is not None:
-        total += _state_bytes(shape, at) // at.sequences
-        total += (shape.memory.convolution - 1) * own * (4 if shape.block == "mac" else 3)
-    if shape.has_attention and shape.block != "mac" and shape.attention.window is not None:
-        total += (shape.attention.window - 1) * (2 * own + 1)
-    return shape.layers * total
 
 
 def sent_bytes(shape: ModelShape, at: Placement) -> int:

@@ -205,16 +205,35 @@ def _states(shape: ModelShape, at: Placement, rows: int) -> list[int]:
     return [rows * i * o * FLOAT32 for i, o in counts.memory_layers(shape)] * (1 + shape.memory.momentum)
 
 
-def zero(parameter_bytes: int, stage: int, accumulation: int) -> Messages:
+def carried(shape: ModelShape, at: Placement) -> Messages:
+    """What the last shard hands to the first at a step's end, with training.carry_state."""
+    out = Messages()
+    out.add("send", carried_row_bytes(shape, at) * at.sequences, at.accumulation)
+    return out
+
+
+def carried_row_bytes(shape: ModelShape, at: Placement) -> int:
+    """What one row carries into the next batch, all layers, on a rank: the memory's weights and momentum, the inputs of
+    its convolutions (MAC: of one more), the keys and values of a window and which of them count."""
+    own, total = shape.width // at.tensor * at.item, 0
+    if shape.memory is not None:
+        total += sum(_states(shape, at, shape.heads // at.tensor))
+        total += (shape.memory.convolution - 1) * own * (4 if shape.block == "mac" else 3)
+    if shape.has_attention and shape.block != "mac" and shape.attention.window is not None:
+        total += (shape.attention.window - 1) * (2 * own + 1)
+    return shape.layers * total
+
+
+def zero(parameter_bytes: int, stage: int, backwards: int) -> Messages:
     """Of one rank and step between the ranks that share weights: what DeepSpeed 0.19 sends, in whole tensors.
 
-    Gradients once per step (stages 0 and 1) or per micro-batch (2: all-reduce, 3: reduce-scatter); updated parameters
+    Gradients once per step (stages 0 and 1) or per backward (2: all-reduce, 3: reduce-scatter); updated parameters
     once (1 and 2); in stage 3 parameters before a layer's forward and again before its backward. Counted are the
     bytes; in how many pieces follows from the buckets. Small messages (norms, flags) are left out.
     """
     out = Messages()
-    times = accumulation if stage >= 2 else 1
+    times = backwards if stage >= 2 else 1
     out.add("reduce_scatter" if stage == 3 else "all_reduce", parameter_bytes, times)
     if stage:
-        out.add("all_gather", parameter_bytes, 2 * accumulation if stage == 3 else 1)
+        out.add("all_gather", parameter_bytes, 2 * backwards if stage == 3 else 1)
     return out

@@ -122,6 +122,8 @@ def plan_sequence(
     w = work(shape, length, shards)
 
     def predicted(pieces: int, wave: int, affine: bool = False) -> float:
+        if stage == 3 and not affine:
+            return blocked_efficiency(w, shape.layers, shards, pieces)
         return efficiency(w, shape.layers, shards, micro_batches, pieces, wave, affine)
 
     if not shape.has_memory:
@@ -139,7 +141,14 @@ def plan_sequence(
         wave or 1 if affine else chosen_wave, by_map if affine else by_wave,
         _reason(shape, affine, by_wave, by_map, strategy),
     )  # fmt: skip
-    return plan if affine else replace(plan, warnings=_warnings(w, shape, plan, stage))
+    if affine or stage < 3:
+        return plan
+    free = efficiency(w, shape.layers, shards, micro_batches, plan.pieces, plan.wave)
+    text = (
+        f"ZeRO 3 gathers every layer's parameters over the shards too, so that all meet in every layer: predicted "
+        f"efficiency {plan.efficiency:.1%} (nothing prefetched), with ZeRO 1 or 2 {free:.1%}"
+    )
+    return replace(plan, warnings=(text,))
 
 
 def _fewest_pieces(most: int, predicted: object) -> int:
@@ -150,7 +159,7 @@ def _fewest_pieces(most: int, predicted: object) -> int:
 def _shortest_wave(micro_batches: int, longest: int, predicted: object) -> int:
     assert callable(predicted)
     choices = [k for k in range(1, longest + 1) if micro_batches % k == 0]
-    return next((k for k in choices if predicted(k) >= ENOUGH), choices[-1])
+    return next((k for k in choices if predicted(k) >= ENOUGH), max(choices, key=predicted))  # of equals the first
 
 
 def _reason(shape: ModelShape, affine: bool, by_wave: float, by_map: float, asked: str | None) -> str:
@@ -160,14 +169,6 @@ def _reason(shape: ModelShape, affine: bool, by_wave: float, by_map: float, aske
         return "MAC's writes depend on what was read: only the wavefront can cross shards"
     if not is_linear(shape):
         return "the memory is not linear: only the wavefront can cross shards"
-    return f"predicted {by_map if affine else by_wave:.1%}, the other {by_wave if affine else by_map:.1%}"
-
-
-def _warnings(w: Work, shape: ModelShape, plan: SequencePlan, stage: int) -> tuple[str, ...]:
-    if stage < 3:
-        return ()
-    blocked = blocked_efficiency(w, shape.layers, plan.shards, plan.pieces)
-    return (
-        f"ZeRO 3 gathers every layer's parameters over the shards too, so that all meet in every layer: predicted "
-        f"efficiency {blocked:.0%} where nothing is prefetched, against {plan.efficiency:.0%} with ZeRO 1 or 2",
-    )
+    if affine:
+        return f"the wavefront would reach {by_wave:.1%}"
+    return f"the affine scan would reach {by_map:.1%}"

@@ -58,7 +58,7 @@ def stop(how: str) -> None:
 
 
 def main(names: list[str]) -> None:
-    with process_group(sequence=2, edge_timeout=timedelta(seconds=4)) as mesh:
+    with process_group(sequence=2, timeout=timedelta(seconds=4)) as mesh:
         for name in names:
             begun = time.monotonic()
             try:

@@ -11,7 +11,7 @@ from titans_train.models.state import ModelState
 from titans_train.models.tree import tensors_of
 from titans_train.parallel import Mesh
 from titans_train.placement import Placement
-from titans_train.plan_memory import carried_row_bytes
+from titans_train.plan_messages import carried_row_bytes
 from titans_train.training.carried import CarriedStates, with_starts
 
 BLOCKS = ["transformer", "lmm", "mac", "mag", "mal"]

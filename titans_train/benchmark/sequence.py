@@ -150,7 +150,7 @@ def beside_simulation(layout: Waits, row: Row) -> Row:
 
 def waits(args: argparse.Namespace) -> int:
     layouts = waits_of(args)
-    found = rows_of("sequence", layouts, part="waits")
+    found = rows_of("sequence", layouts, part="waits", patience=args.patience)
     rows = [beside_simulation(layout, row) for layout, row in zip(layouts, found, strict=True)]
     lines = [
         "| scan, of a layer | micro-batches | wave | pieces | of ms, forward + backward | makespan, s | measured, % "
@@ -192,7 +192,7 @@ def compute_of(args: argparse.Namespace) -> list[Compute]:
 
 
 def compute(args: argparse.Namespace) -> int:
-    rows = rows_of("sequence", compute_of(args), part="compute")
+    rows = rows_of("sequence", compute_of(args), part="compute", patience=args.patience)
     lines = [
         "| level | strategy | memory | pieces | 1 process, s | shards, s | speed-up | predicted | without messages "
         "| sent by a rank and layer, forward; backward | cores others used |",
@@ -326,6 +326,9 @@ def parser_of_parts() -> argparse.ArgumentParser:
     return parser
 
 
+PATIENCE = "seconds that a row may be measured again for, while other programs keep cores busy"
+
+
 def _waits_options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--ranks", type=int, default=8)
     one.add_argument("--layers", type=int, default=24)
@@ -336,12 +339,14 @@ def _waits_options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--backward", type=float, default=64.0, help="ms of a layer")
     one.add_argument("--shares", nargs="+", type=float, default=[1.0, 0.4], help="of a layer that is scan")
     one.add_argument("--repetitions", type=int, default=3)
+    one.add_argument("--patience", type=float, default=0.0, help=PATIENCE)
 
 
 def _compute_options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--levels", nargs="+", default=["operator", "block"], choices=["operator", "block"])
     one.add_argument("--strategies", nargs="+", default=["wavefront", "affine"], choices=["wavefront", "affine"])
     one.add_argument("--pieces", nargs="+", type=int, default=[1, 2, 4])
+    one.add_argument("--patience", type=float, default=0.0, help=PATIENCE)
     sizes = {"ranks": 2, "layers": 4, "tokens": 8192, "batch": 1, "heads": 4, "head-dim": 64, "chunk": 64, "rounds": 5}
     for name, default in sizes.items():
         one.add_argument(f"--{name}", type=int, default=default)

@@ -74,7 +74,9 @@ class Parallel(Section):
     )
     pieces: int | None = Field(default=None, ge=1, description="parts of a scan, sent on one by one; null: chosen")
     wave: int | None = Field(default=None, ge=1, description="micro-batches per backward; null: the plan chooses")
-    timeout_seconds: int = Field(default=600, ge=1, description="a rank that waits longer for a neighbouring shard ends the run")
+    timeout_seconds: int = Field(
+        default=600, ge=1, description="a rank that waits longer for its model's others ends the run"
+    )
     sequence_parallel: bool = Field(default=False, description="Megatron's: tensor ranks share norms and residuals too")
     zero_stage: int = Field(default=1, ge=0, le=3, description="DeepSpeed's, over the ranks with the same weights")
 

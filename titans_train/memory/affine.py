@@ -40,14 +40,6 @@ class Affine:
         """The state after, from the state before."""
         return self._parts(torch.baddbmm(self.U, self.T, torch.cat([*weights, *momentum], dim=1)))
 
-    def adjoint(self, d_weights: list[Tensor], d_momentum: list[Tensor]) -> WeightsMomentum:
-        """T^T [dW; dS]: the adjoint of the state before, from the adjoint of the state after."""
-        return self._parts(torch.bmm(self.T.mT, torch.cat([*d_weights, *d_momentum], dim=1)))
-
-    def after(self, first: Affine) -> Affine:
-        """This map applied to the result of `first`."""
-        return Affine(torch.bmm(self.T, first.T), torch.baddbmm(self.U, self.T, first.U))
-
     def flat(self) -> Tensor:
         """[T | U] in one tensor [n, m, m + d]: 6 d^2 numbers per head, 2 d^2 without momentum."""
         return torch.cat([self.T, self.U], dim=2)

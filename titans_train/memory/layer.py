@@ -87,7 +87,8 @@ class NeuralMemory(nn.Module):
         if m.residual_norm:
             gain = torch.full((shape.heads, shape.head_dim), shape.head_dim**-0.5)
             self.norm = Learned(parts.parameter(gain, 0), parts.parameter(torch.zeros_like(gain), 0))
-        self.records: list[dict[str, Tensor]] | None = None  # one entry per forward, while monitoring records
+        # While monitoring records: number of rows, and means over them, of each forward.
+        self.records: list[tuple[int, dict[str, Tensor]]] | None = None
 
     def initial_memory(self, batch: int = 1) -> MemoryState:
         """The state before the first token of a document: learned weights, no momentum."""
@@ -151,10 +152,12 @@ class NeuralMemory(nn.Module):
         document_memory: MemoryState | None = None,
         across: Neighbours | None = None,
         record: bool = True,
+        ends: bool = True,
     ) -> tuple[Tensor, MemoryLayerState]:
         """Heads [B, L, H, d]. document_starts: [B, L] bool; there the memory restarts from `document_memory`.
 
-        across: given, these are a shard's tokens, and `state` is where the first shard starts.
+        across: given, these are a shard's tokens, and `state` is where the first shard starts. record: for monitoring;
+        ends: the state that this ends with counts there.
         """
         positions = document_positions(document_starts)
         raw, tails = [given["memory_q"], given["memory_k"], given["memory_v"]], state.tails
@@ -179,12 +182,12 @@ class NeuralMemory(nn.Module):
             store_every=self.shape.store_every, surprises=surprises,
         )  # fmt: skip
         if surprises:
-            self._record(surprises, alpha, eta, theta, memory)
+            self._record(surprises, alpha, eta, theta, memory if ends else None)
         return y.transpose(1, 2), MemoryLayerState(memory, after)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _record(
-        self, surprises: list[Tensor], alpha: Tensor | None, eta: Tensor | None, theta: Tensor, memory: MemoryState
+        self, surprises: list[Tensor], alpha: Tensor | None, eta: Tensor | None, theta: Tensor, end: MemoryState | None
     ) -> None:
         def norm(weights: tuple[Tensor, ...]) -> Tensor:
             """Mean over batch and heads of the norm of all layers together."""
@@ -195,7 +198,10 @@ class NeuralMemory(nn.Module):
             return theta.new_zeros(()) if gate is None else gate.mean()
 
         assert self.records is not None
-        self.records.append({
+        figures = {
             "surprise": torch.cat([s.flatten() for s in surprises]).mean(), "alpha": mean(alpha), "eta": mean(eta),
-            "theta": mean(theta), "weight_norm": norm(memory.weights), "momentum_norm": norm(memory.momentum),
-        })  # fmt: skip
+            "theta": mean(theta),
+        }  # fmt: skip
+        if end is not None:
+            figures |= {"weight_norm": norm(end.weights), "momentum_norm": norm(end.momentum)}
+        self.records.append((theta.shape[0], figures))

@@ -89,12 +89,22 @@ class LanguageModel(nn.Module):
         return ModelOutput(loss_sum=self.parts.cross_entropy_sum(logits, labels.flatten()), state=carried)
 
 
+def _mean(entries: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """Of each figure over the entries that have it, by their numbers of rows."""
+    keys = dict.fromkeys(key for _, figures in entries for key in figures)
+    having = {key: [(rows, figures[key]) for rows, figures in entries if key in figures] for key in keys}
+    return {
+        key: torch.stack([rows * value for rows, value in found]).sum() / sum(rows for rows, _ in found)
+        for key, found in having.items()
+    }
+
+
 @contextmanager
 def recording(model: nn.Module) -> Iterator[dict[int, dict[str, Tensor]]]:
     """At its end {layer: {surprise, alpha, eta, theta, weight_norm, momentum_norm}}, 0-d tensors, is filled.
 
     Values are means over the forwards within (over MAC's segments), and over batch, heads and tokens of each; norms
-    are of the state that a forward ends with. Persistent tokens do not count.
+    are of the states that sequences (or shards of them) end with. Persistent tokens do not count.
     """
     memories = [m for m in model.modules() if isinstance(m, NeuralMemory)]
     means: dict[int, dict[str, Tensor]] = {}
@@ -106,4 +116,4 @@ def recording(model: nn.Module) -> Iterator[dict[int, dict[str, Tensor]]]:
         for n, memory in enumerate(memories):
             entries, memory.records = memory.records or [], None
             if entries:
-                means[n] = {key: torch.stack([e[key] for e in entries]).mean() for key in entries[0]}
+                means[n] = _mean(entries)

@@ -119,7 +119,8 @@ class MACBlock(Block):
         while first < length:
             stop = min(first + self.segment - state.position, length)
             piece = {name: value[:, first:stop] for name, value in given.items()}
-            y, state = self._piece(piece, state, fixed, None if starts is None else starts[:, first:stop], initial)
+            inside = None if starts is None else starts[:, first:stop]
+            y, state = self._piece(piece, state, fixed, inside, initial, ends=stop == length)
             outputs.append(y)
             first = stop
         return self.across.send("chain", torch.cat(outputs, 1), state.chain(), number), state
@@ -138,10 +139,11 @@ class MACBlock(Block):
         fixed: Persistent | None,
         starts: Tensor | None,
         initial: MemoryState | None,
+        ends: bool,
     ) -> tuple[Tensor, MACState]:
         """given: of x, [B, T, H d], all within one segment -> o [B, T, H d], not yet projected.
 
-        Document starts are possible at the segment's first token only.
+        Document starts are possible at the segment's first token only. ends: no tokens follow in this call.
         """
         if starts is not None:
             inside = starts if state.position else starts[:, 1:]
@@ -157,7 +159,7 @@ class MACBlock(Block):
         heads = self._attend(given, state, fixed)
         y = self.project(self.attention_out(heads.flatten(2), "whole"), "whole", self.memory_sections)
         # The memory rows of new documents are in place already: here only the convolutions restart.
-        remembered, memory = self.memory(y, state.memory, *self._restart(starts, state))
+        remembered, memory = self.memory(y, state.memory, *self._restart(starts, state), ends=ends)
         position = (state.position + heads.shape[1]) % self.segment
         state = replace(state, memory=memory, read_tail=read_tail, position=position)
         return self.gating(heads, remembered), state if position else self._leave_segment(state)

@@ -12,14 +12,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from titans_train.memory.affine import Affine, shard_map, start_adjoint
 from titans_train.memory.rows import RowGradients, Rows, RowsBackward, State, forward_rows
 from titans_train.memory.scan import Call, Spec
-from titans_train.parallel.groups import edge_group
 
 if TYPE_CHECKING:
     from titans_train.parallel.shards import Shards
@@ -35,25 +33,17 @@ def affine_scan(shards: Shards, spec: Spec, *tensors: Tensor | None) -> tuple[Te
 
 
 def _gather(shards: Shards, name: str, own: Tensor) -> list[Tensor]:
-    """Every shard's tensor, in order."""
-    out = own.new_empty(shards.links.shards * own.shape[0], *own.shape[1:])
-    dist.all_gather_into_tensor(out, own.contiguous(), group=edge_group("rightward"))
-    shards.links.count["all", name] += 1
-    shards.links.bytes["all", name] += own.numel() * own.element_size()
-    return list(out.unflatten(0, (shards.links.shards, -1)))
+    return shards.links.gather(shards.label(name, 0), own)
 
 
 def _start(maps: list[Tensor], shard: int, rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
     """The state before this shard; the first shard's place holds the state after it."""
     if shard == 0:
         return rows.weights, rows.momentum
-    state = maps[0][:, :, maps[0].shape[1] :]
-    width = state.shape[2]
+    state = Affine.from_flat(maps[0]).apply([torch.zeros_like(w) for w in rows.weights], rows.momentum)
     for flat in maps[1:shard]:
-        step = Affine.from_flat(flat)
-        state = torch.baddbmm(step.U, step.T, state)
-    parts = [part.contiguous() for part in state.split(width, dim=1)]
-    return parts[:1], parts[1:]
+        state = Affine.from_flat(flat).apply(*state)
+    return state
 
 
 class _AffineScan(torch.autograd.Function):
@@ -115,11 +105,10 @@ def _end_adjoint(shards: Shards, rows: Rows, spec: Spec, d_y: Tensor, end: State
     """The gradient of the state after this shard: its own, and what the shards to the right add."""
     weights, momentum, anchor = end
     seq, grid, shard = rows.seq, spec.grid, shards.links.shard
+    added = torch.cat([*weights, *momentum], dim=1)
     if shard:  # nobody asks the first shard
-        added = torch.cat(sum(start_adjoint(seq, d_y, grid[0].size, grid[0].chunks), []), dim=1)
-        added = torch.baddbmm(added, later[0].mT, torch.cat([*weights, *momentum], dim=1))
-    else:
-        added = torch.cat([*weights, *momentum], dim=1)
+        through = torch.cat(sum(start_adjoint(seq, d_y, grid[0].size, grid[0].chunks), []), dim=1)
+        added = torch.baddbmm(through, later[0].mT, added)
     gathered = _gather(shards, "adjoint", added)
     total = torch.zeros_like(added)
     for n in range(len(gathered) - 1, shard, -1):

@@ -93,6 +93,7 @@ class Engine:
         deepspeed = import_deepspeed(log_file)
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        dist.barrier()  # importing takes each rank as long as it takes; the groups below may wait less
         self.stage: int = config["zero_optimization"]["stage"]
         self.accumulation: int = config["gradient_accumulation_steps"]
         self.model, self.mesh = model, mesh

@@ -19,20 +19,20 @@ from titans_train.parallel.mesh import Mesh
 _edges: dict[str, dist.ProcessGroup] = {}
 
 
-def make_groups(mesh: Mesh, timeout: timedelta, edge_timeout: timedelta) -> None:
+def make_groups(mesh: Mesh, timeout: timedelta) -> None:
     """Collective. megatron-core is imported only where a model is split: it takes seconds."""
     if mesh.model == 1:
         return
-    timeout_minutes = max(1, int(timeout.total_seconds() // 60))
     if not torch.cuda.is_available():  # megatron-core 0.16 asks for it where it makes buffers
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     state = _state()
+    dist.barrier()  # importing takes each rank as long as it takes; from here on `timeout` counts
     state.initialize_model_parallel(
         tensor_model_parallel_size=mesh.tensor, context_parallel_size=mesh.sequence,
-        distributed_timeout_minutes=timeout_minutes, create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout.total_seconds() / 60, create_gloo_process_groups=False,
     )  # fmt: skip
     if mesh.sequence > 1:
-        _make_edges(mesh, edge_timeout)
+        _make_edges(mesh, timeout)
 
 
 def _make_edges(mesh: Mesh, timeout: timedelta) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titans_train.errors import UserError
-from titans_train.parallel.groups import data_group, edge_group, leave_groups, make_groups
+from titans_train.parallel.groups import data_group, leave_groups, make_groups
 from titans_train.parallel.mesh import Mesh
 
 T = TypeVar("T")
@@ -28,10 +28,10 @@ def device() -> torch.device:
 
 
 @contextmanager
-def process_group(tensor: int = 1, sequence: int = 1, edge_timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
+def process_group(tensor: int = 1, sequence: int = 1, timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
     """Joins the group that torchrun describes in the environment, or a group of one; leaves it at the end.
 
-    edge_timeout: how long a rank waits for a neighbouring shard. ValueError if the processes do not form the mesh.
+    timeout: how long a rank waits for those that it shares a model with. ValueError if the processes form no mesh.
     """
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
@@ -42,17 +42,17 @@ def process_group(tensor: int = 1, sequence: int = 1, edge_timeout: timedelta = 
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     try:
-        with mesh_of(tensor, sequence, edge_timeout) as mesh:
+        with mesh_of(tensor, sequence, timeout) as mesh:
             yield mesh
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def mesh_of(tensor: int = 1, sequence: int = 1, edge_timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
+def mesh_of(tensor: int = 1, sequence: int = 1, timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
     """The processes that have joined as a mesh, with its groups. Collective."""
     mesh = Mesh(dist.get_rank(), dist.get_world_size(), tensor, sequence)
-    make_groups(mesh, TIMEOUT, edge_timeout)
+    make_groups(mesh, timeout)
     try:
         yield mesh
     finally:
@@ -88,23 +88,6 @@ def sum_over_data(values: Tensor, mesh: Mesh) -> Tensor:
     """Sum over the ranks that see different tokens, in place; no host synchronisation."""
     dist.all_reduce(values, group=data_group(mesh))
     return values
-
-
-def hand_over(tensors: list[Tensor], mesh: Mesh) -> list[Tensor] | None:
-    """The last shard's tensors, on the first shard; None on the others. Collective over the shards of a sequence."""
-    shard, last = mesh.sequence_rank, mesh.sequence - 1
-    if last == 0:
-        return tensors
-    if shard == last:
-        whole = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
-        dist.send(whole, mesh.shard_rank(0), group=edge_group("leftward"))
-    if shard:
-        return None
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    whole = torch.empty(sum(sizes), dtype=torch.uint8, device=device())
-    dist.recv(whole, mesh.shard_rank(last), group=edge_group("leftward"))
-    parts = zip(whole.split(sizes), tensors, strict=True)
-    return [part.clone().view(like.dtype).view(like.shape) for part, like in parts]
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ an edge has a process group of its own.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from titans_train.parallel.mesh import Mesh
 from titans_train.plan_messages import HEADER, OUTSTANDING, padded
 
 Side = Literal["left", "right"]
-NAMES = ("state", "window", "tails", "chain", "map", "adjoint", "carried")
+NAMES = ("state", "window", "tails", "chain", "map", "adjoint")
 # A header (plan_messages.HEADER bytes): number of the message on its edge, layer, name, piece, bytes that follow.
 
 
@@ -85,6 +86,7 @@ class Links:
         self._posted: dict[str, deque[_Expected]] = {"left": deque(), "right": deque()}
         self._out: Counter[str] = Counter()
         self._in: Counter[str] = Counter()
+        self._settles = False  # at the end of the running backward
         self._unchecked: list[tuple[Tensor, Tensor, str]] = []
 
     def has(self, side: Side) -> bool:
@@ -96,6 +98,9 @@ class Links:
         sent = self._sent[to]
         if len(sent) >= OUTSTANDING:
             self._take(to)
+        if to == "left" and not self._settles:  # gradients go there, within a backward
+            self._settles = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)  # type: ignore[attr-defined]
         group = edge_group("rightward" if to == "right" else "leftward")
         sent.append((label, dist.isend(buffer, self.peer[to], group=group), buffer))
         self.count[to, label.name] += 1
@@ -157,14 +162,23 @@ class Links:
                 f"{self.peer[source]}, and got {describe(got)}: the ranks do not run the same program and config"
             )
 
+    def gather(self, label: Label, own: Tensor) -> list[Tensor]:
+        """Every shard's tensor, in order (the affine scan's exchange). Collective over the shards."""
+        out = own.new_empty(self.shards * own.shape[0], *own.shape[1:])
+        with _waiting(f"rank {self.rank} (shard {self.shard} of {self.shards})", f"every shard's {label}"):
+            dist.all_gather_into_tensor(out, own.contiguous(), group=edge_group("rightward"))
+        self.count["all", label.name] += 1
+        self.bytes["all", label.name] += _size(own)
+        return list(out.unflatten(0, (self.shards, -1)))
+
+    def _end_of_backward(self) -> None:
+        """Before anything is reduced over the shards: a neighbour that hangs is named here, and not nowhere there."""
+        self._settles = False
+        self.settle("left")
+
     def _wait(self, work: Any, what: str) -> None:
-        try:
+        with _waiting(f"rank {self.rank} (shard {self.shard} of {self.shards})", what):
             work.wait()
-        except RuntimeError as error:
-            raise NeighbourError(
-                f"rank {self.rank} (shard {self.shard} of {self.shards}) waited for {what}, in vain: that rank has "
-                f"died, or hangs for longer than parallel.timeout_seconds ({str(error).splitlines()[0]})"
-            ) from error
 
     def _take(self, to: str) -> None:
         label, work, _ = self._sent[to].popleft()
@@ -184,3 +198,34 @@ class Links:
         for expected, got, source in self._unchecked:
             self._check(expected, got, source)
         self._unchecked.clear()
+
+
+@contextmanager
+def _waiting(who: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise NeighbourError(
+            f"{who} waited for {what}, in vain: a rank has died, or hangs for longer than parallel.timeout_seconds "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def hand_over(tensors: list[Tensor], mesh: Mesh) -> list[Tensor] | None:
+    """The last shard's tensors, on the first shard; None on the others. Collective over the shards of a sequence."""
+    shard, last = mesh.sequence_rank, mesh.sequence - 1
+    if last == 0:
+        return tensors
+    group, who = edge_group("leftward"), f"rank {mesh.rank} (shard {shard} of {mesh.sequence})"
+    if shard == last:
+        whole = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+        with _waiting(who, f"its carried state to be taken by the first shard, rank {mesh.shard_rank(0)}"):
+            dist.send(whole, mesh.shard_rank(0), group=group)
+    if shard:
+        return None
+    sizes = [_size(tensor) for tensor in tensors]
+    whole = torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device)
+    with _waiting(who, f"the carried state of the last shard, rank {mesh.shard_rank(last)}"):
+        dist.recv(whole, mesh.shard_rank(last), group=group)
+    parts = zip(whole.split(sizes), tensors, strict=True)
+    return [part.clone().view(like.dtype).view(like.shape) for part, like in parts]

@@ -16,7 +16,8 @@ from titans_train.models.attention import AttentionState
 from titans_train.models.blocks import BlockState
 from titans_train.models.state import ModelState
 from titans_train.models.tree import join_rows, map_tensors, take_rows, tensors_of
-from titans_train.parallel.launch import device, hand_over
+from titans_train.parallel.launch import device
+from titans_train.parallel.links import hand_over
 from titans_train.parallel.mesh import Mesh
 from titans_train.parallel.split import cut_heads, join_heads
 from titans_train.plan import Plan
