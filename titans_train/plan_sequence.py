@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from titans_train import plan_counts as counts
 from titans_train.shape import ModelShape
 
-GOOD = 0.95  # pieces are added until this is reached: more of them cost messages, and fill a device less
 ENOUGH = 0.90  # waves are made longer only below this: each micro-batch of a wave keeps its activations
 MOST_PIECES, LONGEST_WAVE = 16, 8
+# Each further piece costs a scan as much as so many more rows, for it repeats every chunk's small operations: measured
+# by `benchmark sequence compute` (8 rows of 64 x 256, chunk 64, on a CPU: 2 pieces +5 to +15 %, 4 +31 to +40 %).
+PIECE_ROWS = 0.9
 
 
 @dataclass(frozen=True)
@@ -83,24 +85,30 @@ def is_linear(shape: ModelShape) -> bool:
 
 
 def efficiency(
-    w: Work, layers: int, shards: int, micro_batches: int, pieces: int, wave: int, affine: bool = False
+    w: Work,
+    layers: int,
+    shards: int,
+    micro_batches: int,
+    pieces: int,
+    wave: int,
+    *,
+    affine: bool = False,
+    blocked: bool = False,
+    rows: float = float("inf"),
 ) -> float:
-    """M (N (f + b) + head) / T, with T = M (N (f + b) + head) + ceil(M / K) (P - 1) (s_f + s_b) / G.
+    """M (N (f + b) + head) / T, with T = M (N (f + b) + head) + (M N (G - 1) c + ceil(M / K) (P - 1) / G) (s_f + s_b).
 
-    Affine: no waiting, more work. A message's latency is not counted.
+    c = PIECE_ROWS / rows; a message's latency is not counted. affine: no waiting, more work. blocked: all shards meet
+    in every layer and direction, so that each waits for the whole wavefront: M N in place of ceil(M / K).
     """
     ideal = micro_batches * (layers * w.both + 3 * w.head)
-    extra = micro_batches * layers * 3 * (w.slowest - w.layer)
+    time = ideal + micro_batches * layers * 3 * (w.slowest - w.layer)
     if affine:
-        return ideal / (ideal + extra + micro_batches * layers * w.affine)
-    waves = -(-micro_batches // wave)
-    return ideal / (ideal + extra + waves * (shards - 1) * w.waiting / pieces)
-
-
-def blocked_efficiency(w: Work, layers: int, shards: int, pieces: int) -> float:
-    """The same where all shards meet in every layer and direction: each layer then waits for the whole wavefront."""
-    ideal = layers * w.both + 3 * w.head
-    return ideal / (ideal + layers * (shards - 1) * w.waiting / pieces)
+        return ideal / (time + micro_batches * layers * w.affine)
+    waits = micro_batches * layers if blocked else -(-micro_batches // wave)
+    cost = (pieces - 1) * PIECE_ROWS / rows
+    time += w.waiting * (micro_batches * layers * cost + waits * (shards - 1) * (1 + cost) / pieces)
+    return ideal / time
 
 
 def plan_sequence(
@@ -120,46 +128,39 @@ def plan_sequence(
     if shards == 1:
         return SequencePlan(1, length, "wavefront", 1, wave or 1, 1.0, "the sequence is whole")
     w = work(shape, length, shards)
+    rows = sequences * (1 if shape.block == "mac" else shape.heads // tensor)
 
-    def predicted(pieces: int, wave: int, affine: bool = False) -> float:
-        if stage == 3 and not affine:
-            return blocked_efficiency(w, shape.layers, shards, pieces)
-        return efficiency(w, shape.layers, shards, micro_batches, pieces, wave, affine)
+    def predicted(pieces: int, wave: int, affine: bool = False, blocked: bool = False) -> float:
+        options = {"affine": affine, "blocked": blocked, "rows": rows}
+        return efficiency(w, shape.layers, shards, micro_batches, pieces, wave, **options)  # type: ignore[arg-type]
 
     if not shape.has_memory:
         reason = "keys are handed on" + ("" if shape.attention.window else ", and the last shard sees most of them")
         return SequencePlan(shards, length // shards, "window", 1, wave or 1, predicted(1, wave or 1), reason)
-    rows = sequences * (1 if shape.block == "mac" else shape.heads // tensor)
-    chosen_pieces = pieces or _fewest_pieces(min(rows, MOST_PIECES), lambda g: predicted(g, wave or 1))
     longest = 1 if shape.block == "mac" and stage == 3 else LONGEST_WAVE  # DeepSpeed 0.19 would reduce twice
-    chosen_wave = wave or _shortest_wave(micro_batches, longest, lambda k: predicted(chosen_pieces, k))
-    by_wave = predicted(chosen_pieces, chosen_wave)
+    waves = [wave] if wave else [k for k in range(1, longest + 1) if micro_batches % k == 0]
+    cuts = [pieces] if pieces else list(range(1, min(rows, MOST_PIECES) + 1))
+
+    def choose(blocked: bool) -> tuple[float, int, int]:
+        """Predicted efficiency, pieces, wave: the shortest wave that is good enough with the best number of pieces."""
+        best = [max((predicted(g, k, blocked=blocked), -g, -k) for g in cuts) for k in waves]
+        found = next((b for b in best if b[0] >= ENOUGH), max(best))
+        return found[0], -found[1], -found[2]
+
+    by_wave, chosen_pieces, chosen_wave = choose(blocked=stage == 3)
     by_map = predicted(1, 1, affine=True) if is_linear(shape) else 0.0
     affine = strategy == "affine" or (strategy is None and by_map > by_wave)
-    plan = SequencePlan(
-        shards, length // shards, "affine" if affine else "wavefront", 1 if affine else chosen_pieces,
-        wave or 1 if affine else chosen_wave, by_map if affine else by_wave,
-        _reason(shape, affine, by_wave, by_map, strategy),
-    )  # fmt: skip
-    if affine or stage < 3:
+    reason, own = _reason(shape, affine, by_wave, by_map, strategy), length // shards
+    if affine:
+        return SequencePlan(shards, own, "affine", 1, wave or 1, by_map, reason)
+    plan = SequencePlan(shards, own, "wavefront", chosen_pieces, chosen_wave, by_wave, reason)
+    if stage < 3:
         return plan
-    free = efficiency(w, shape.layers, shards, micro_batches, plan.pieces, plan.wave)
     text = (
         f"ZeRO 3 gathers every layer's parameters over the shards too, so that all meet in every layer: predicted "
-        f"efficiency {plan.efficiency:.1%} (nothing prefetched), with ZeRO 1 or 2 {free:.1%}"
+        f"efficiency {by_wave:.1%} (nothing prefetched), with ZeRO 1 or 2 {choose(blocked=False)[0]:.1%}"
     )
     return replace(plan, warnings=(text,))
-
-
-def _fewest_pieces(most: int, predicted: object) -> int:
-    assert callable(predicted)
-    return next((g for g in range(1, most + 1) if predicted(g) >= GOOD), most)
-
-
-def _shortest_wave(micro_batches: int, longest: int, predicted: object) -> int:
-    assert callable(predicted)
-    choices = [k for k in range(1, longest + 1) if micro_batches % k == 0]
-    return next((k for k in choices if predicted(k) >= ENOUGH), max(choices, key=predicted))  # of equals the first
 
 
 def _reason(shape: ModelShape, affine: bool, by_wave: float, by_map: float, asked: str | None) -> str:

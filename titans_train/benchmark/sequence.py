@@ -345,9 +345,9 @@ def _waits_options(one: argparse.ArgumentParser) -> None:
 def _compute_options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--levels", nargs="+", default=["operator", "block"], choices=["operator", "block"])
     one.add_argument("--strategies", nargs="+", default=["wavefront", "affine"], choices=["wavefront", "affine"])
-    one.add_argument("--pieces", nargs="+", type=int, default=[1, 2, 4])
+    one.add_argument("--pieces", nargs="+", type=int, default=[1, 2])
     one.add_argument("--patience", type=float, default=0.0, help=PATIENCE)
-    sizes = {"ranks": 2, "layers": 4, "tokens": 8192, "batch": 1, "heads": 4, "head-dim": 64, "chunk": 64, "rounds": 5}
+    sizes = {"ranks": 2, "layers": 8, "tokens": 4096, "batch": 2, "heads": 4, "head-dim": 64, "chunk": 64, "rounds": 3}
     for name, default in sizes.items():
         one.add_argument(f"--{name}", type=int, default=default)
 

@@ -195,5 +195,8 @@ def predicted(layout: Row, shape: Any) -> float:
     if layout["level"] == "operator":
         work = replace(work, layer=work.chain, slowest=work.chain)
     affine = layout["strategy"] == "affine"
-    efficiency = plan.efficiency(work, layout["layers"], layout["ranks"], 1, layout["pieces"], 1, affine)
+    rows = layout["batch"] * layout["heads"]
+    efficiency = plan.efficiency(
+        work, layout["layers"], layout["ranks"], 1, layout["pieces"], 1, affine=affine, rows=rows
+    )
     return float(layout["ranks"] * efficiency)
