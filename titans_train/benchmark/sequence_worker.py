@@ -82,7 +82,7 @@ class OtherWork:
         from titans_train.parallel import gather
 
         elapsed, busy, own = (b - a for a, b in zip(self._before, self._now(), strict=True))
-        self.cores = max(0.0, gather((busy - sum(gather(own))) / elapsed)[0])
+        self.cores = max(gather((busy - sum(gather(own))) / elapsed)[0], 0.0)  # in this order NaN stays
 
     def _now(self) -> tuple[float, float, float]:
         """Seconds: a clock, all programs on all cores, this process."""

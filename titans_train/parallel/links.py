@@ -98,13 +98,17 @@ class Links:
         sent = self._sent[to]
         if len(sent) >= OUTSTANDING:
             self._take(to)
-        if to == "left" and not self._settles:  # gradients go there, within a backward
-            self._settles = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)  # type: ignore[attr-defined]
         group = edge_group("rightward" if to == "right" else "leftward")
         sent.append((label, dist.isend(buffer, self.peer[to], group=group), buffer))
         self.count[to, label.name] += 1
         self.bytes[to, label.name] += buffer.numel()
+
+    def answer(self, label: Label, gradients: Sequence[Tensor]) -> None:
+        """To the left, within a backward: at its end these will have been taken."""
+        self.send("left", label, gradients)
+        if not self._settles:
+            self._settles = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)  # type: ignore[attr-defined]
 
     def _pack(self, to: Side, label: Label, tensors: Sequence[Tensor]) -> Tensor:
         total = HEADER + sum(map(_room, tensors))

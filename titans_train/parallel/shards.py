@@ -160,7 +160,7 @@ class _Receive(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         shards: Shards = ctx.shards
         wanted = [g for g, ghost in zip(gradients, ctx.start, strict=True) if ghost is not None]
-        shards.links.send("left", shards.label(ctx.name, ctx.piece, gradient=True), wanted)
+        shards.links.answer(shards.label(ctx.name, ctx.piece, gradient=True), wanted)
         needs = ctx.needs_input_grad[4:]
         zeros = [ghost.zeros() if need else None for ghost, need in zip(ctx.start, needs, strict=True)]
         return (None, None, None, None, *zeros)

@@ -94,7 +94,7 @@ def _backward(
         kept = stored[number * each : (number + 1) * each]
         gradients = RowsBackward(pieces[number], spec.grid, kept, flat_d_y[parts[number]], end).gradients()
         if links.has("left"):
-            links.send("left", shards.label("state", number, gradient=True), [*gradients.weights, *gradients.momentum])
+            links.answer(shards.label("state", number, gradient=True), [*gradients.weights, *gradients.momentum])
             for gradient in (*gradients.weights, *gradients.momentum):
                 gradient.zero_()  # the start belongs to the first shard
         out.insert(0, gradients)
