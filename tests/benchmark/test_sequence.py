@@ -89,7 +89,7 @@ def test_a_long_sequence_is_trained_on(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_compute_compares_the_same_function(tmp_path: Path) -> None:
     small = ["--tokens", "128", "--layers", "2", "--heads", "2", "--head-dim", "16", "--chunk", "16", "--rounds", "1"]
-    rows = rows_of(tmp_path, "compute", *small, "--pieces", "2")
+    rows = rows_of(tmp_path, "compute", *small, "--batch", "1", "--pieces", "2")
     assert [(r["level"], r["strategy"], r["depth"]) for r in rows] == [
         (level, *kind)
         for level in ("operator", "block")
