@@ -61,6 +61,8 @@ def layer(shape: ModelShape, at: Placement) -> dict[str, Messages]:
     (torch stops recomputing at the last tensor that it needs).
     """
     forward, backward, shared = Messages(), Messages(), Messages()
+    if at.tensor == 1:
+        return {"forward": forward, "backward": backward, "shared": shared, "recomputed": Messages()}
     stream = at.tokens * shape.width * at.item
     parameters = counts.block_parameters(shape)
     regions = parameters["norms"] // shape.width  # each begins with a norm of width D
@@ -114,6 +116,8 @@ def _fixed(shape: ModelShape, at: Placement, forward: Messages, backward: Messag
 def ends(shape: ModelShape, at: Placement) -> dict[str, Messages]:
     """Of one micro-batch outside the layers: embedding, last norm, head, cross-entropy (three float32 per token)."""
     forward, backward, shared = Messages(), Messages(), Messages()
+    if at.tensor == 1:
+        return {"forward": forward, "backward": backward, "shared": shared}
     stream = at.tokens * shape.width * at.item
     forward.add("all_reduce", at.tokens * FLOAT32, 3)
     if at.sequence_parallel:
@@ -134,12 +138,9 @@ def step(shape: ModelShape, at: Placement, shard: int = 0) -> Messages:
     Shared parameters are completed once for each wave; what goes between shards is not sent again to recompute.
     """
     shards = across(shape, at, shard)
-    layers = shards["forward"] + shards["backward"]
-    if at.tensor == 1:
-        return layers * shape.layers * at.accumulation
     one, outside = layer(shape, at), ends(shape, at)
     again = one["recomputed"] if at.checkpointing else Messages()
-    layers = (layers + one["forward"] + one["backward"] + again) * shape.layers
+    layers = (shards["forward"] + shards["backward"] + one["forward"] + one["backward"] + again) * shape.layers
     waves = (one["shared"] * shape.layers + outside["shared"]) * -(-at.accumulation // at.wave)
     return (layers + outside["forward"] + outside["backward"]) * at.accumulation + waves
 
@@ -208,20 +209,27 @@ def _states(shape: ModelShape, at: Placement, rows: int) -> list[int]:
 def carried(shape: ModelShape, at: Placement) -> Messages:
     """What the last shard hands to the first at a step's end, with training.carry_state."""
     out = Messages()
-    out.add("send", carried_row_bytes(shape, at) * at.sequences, at.accumulation)
+    size = shape.layers * sum(padded(size * at.sequences) for size in _carried_sizes(shape, at))
+    out.add("send", size, at.accumulation)
     return out
 
 
 def carried_row_bytes(shape: ModelShape, at: Placement) -> int:
     """What one row carries into the next batch, all layers, on a rank: the memory's weights and momentum, the inputs of
     its convolutions (MAC: of one more), the keys and values of a window and which of them count."""
-    own, total = shape.width // at.tensor * at.item, 0
+    return shape.layers * sum(_carried_sizes(shape, at))
+
+
+def _carried_sizes(shape: ModelShape, at: Placement) -> list[int]:
+    """Bytes of a layer's tensors, of one row."""
+    own, sizes = shape.width // at.tensor * at.item, []
     if shape.memory is not None:
-        total += sum(_states(shape, at, shape.heads // at.tensor))
-        total += (shape.memory.convolution - 1) * own * (4 if shape.block == "mac" else 3)
+        sizes += _states(shape, at, shape.heads // at.tensor)
+        sizes += [(shape.memory.convolution - 1) * own] * (4 if shape.block == "mac" else 3)
     if shape.has_attention and shape.block != "mac" and shape.attention.window is not None:
-        total += (shape.attention.window - 1) * (2 * own + 1)
-    return shape.layers * total
+        keys = shape.attention.window - 1
+        sizes += [keys * own, keys * own, keys]
+    return sizes
 
 
 def zero(parameter_bytes: int, stage: int, backwards: int) -> Messages:

@@ -15,7 +15,7 @@ from titans_train.memory import MemoryState, memory_scan
 from titans_train.memory.activation import ACTIVATIONS
 from titans_train.memory.affine import Affine, shard_map, start_adjoint
 from titans_train.memory.chunk import Norm
-from titans_train.memory.walk import Sequence
+from titans_train.memory.walk import Segment, Sequence, chunk_grid
 
 TOLERANCE = 1e-12
 BATCH, HEADS = 3, 2  # documents start in some of the batch rows
@@ -88,11 +88,14 @@ class Case:
             ACTIVATIONS["silu"], None, starts, *document,
         )  # fmt: skip
 
+    def grid(self, seq: Sequence) -> list[Segment]:
+        return chunk_grid(seq.k.shape[1], self.chunk, 0, self.store_every)
+
     def map(self, seq: Sequence) -> Affine:
-        return shard_map(seq, self.chunk, self.store_every)
+        return shard_map(seq, self.grid(seq))
 
     def adjoint(self, seq: Sequence, d_y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        return start_adjoint(seq, d_y, self.chunk, self.store_every)
+        return start_adjoint(seq, d_y, self.grid(seq))
 
     def d_y(self, start: int = 0, stop: int | None = None) -> Tensor:
         return self.x["d_y"][:, :, start:stop].flatten(0, 1)

@@ -26,12 +26,15 @@ class Plan:
         self.shape = tiny(block, attention={"window": 6})
 
 
+def carried_and_model(block: str) -> tuple[CarriedStates, LanguageModel]:
+    plan = Plan(block)
+    torch.manual_seed(1)
+    return CarriedStates(plan, Mesh(0, 1)), LanguageModel(plan.shape).double()  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_two_batches_equal_one_long_sequence(block: str) -> None:
-    plan, mesh = Plan(block), Mesh(0, 1)
-    carried = CarriedStates(plan, mesh)  # type: ignore[arg-type]
-    torch.manual_seed(1)
-    model = LanguageModel(plan.shape).double()
+    carried, model = carried_and_model(block)
     tokens = torch.randint(0, 29, (2, 48))
     want = model(tokens).logits
     for n in range(3):
@@ -43,10 +46,7 @@ def test_two_batches_equal_one_long_sequence(block: str) -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_row_that_does_not_go_on_starts_as_if_it_were_alone(block: str) -> None:
-    plan, mesh = Plan(block), Mesh(0, 1)
-    carried = CarriedStates(plan, mesh)  # type: ignore[arg-type]
-    torch.manual_seed(1)
-    model = LanguageModel(plan.shape).double()
+    carried, model = carried_and_model(block)
     tokens = torch.randint(0, 29, (2, 32))
     carried.after(0, model(tokens[:, :16], return_state=True).state)
     starts = with_starts(None, torch.tensor([True, False]), tokens[:, 16:])

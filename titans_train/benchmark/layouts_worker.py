@@ -72,8 +72,6 @@ def count_messages(plan: Plan, mesh: Mesh) -> dict[str, Any]:
         model(tokens, labels).loss_sum.backward()
         model.parts.finish()
     one, shards = layer(plan.shape, at), across(plan.shape, at, mesh.sequence_rank)
-    if mesh.tensor == 1:
-        one = {part: Messages() for part in one}
     whole = step(plan.shape, replace(at, accumulation=1), mesh.sequence_rank)
 
     def row(counted: Messages, wanted: Messages) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from titans_train.memory.chunk import chunk_update_, inner_gradients, scaled_product
-from titans_train.memory.walk import Sequence, chunk_grid
+from titans_train.memory.walk import Segment, Sequence
 
 WeightsMomentum = tuple[list[Tensor], list[Tensor]]
 
@@ -54,20 +54,20 @@ class Affine:
         return parts[:1], parts[1:]
 
 
-def shard_map(seq: Sequence, chunk_size: int, store_every: int) -> Affine:
+def shard_map(seq: Sequence, grid: list[Segment]) -> Affine:
     """The map from the state before the first token to the state after the last. Reads no queries.
 
-    Coefficients are made for `store_every` chunks at a time, as in the scan.
+    grid: the scan's; coefficients are made for a segment at a time, as there.
     Products per token and head: (k W), and the updates of W and of S, all d x (m + d): 18 d^2 FLOPs; without
     momentum 8 d^2.
     """
     _check_linear(seq)
-    n, length, d = seq.k.shape
+    n, _, d = seq.k.shape
     m = d if seq.eta is None else 2 * d
     identity = torch.eye(m, m + d, dtype=seq.k.dtype, device=seq.k.device).expand(n, m, m + d)
     state = [part.clone() for part in torch.split(identity, d, dim=1)]  # W, then S, with columns [T | U]
     document = [pad(x, (m, 0)) for x in (*seq.document_weights, *seq.document_momentum)]
-    for segment in chunk_grid(length, chunk_size, 0, store_every):
+    for segment in grid:
         _, _, coef = seq.coefficients(segment)
         for j, span in enumerate(segment.spans()):
             rows = seq.document_rows(span.start)
@@ -78,7 +78,7 @@ def shard_map(seq: Sequence, chunk_size: int, store_every: int) -> Affine:
     return Affine.from_flat(torch.cat(state, dim=1))
 
 
-def start_adjoint(seq: Sequence, d_y: Tensor, chunk_size: int, store_every: int) -> WeightsMomentum:
+def start_adjoint(seq: Sequence, d_y: Tensor, grid: list[Segment]) -> WeightsMomentum:
     """Gradient of the state before the first token, from d_y [n, L, d] alone: zero for the state after the last.
 
     A chunk with D = K W - V and P = (Q K^T) * C, in reverse (design: dual form), is
@@ -92,10 +92,10 @@ def start_adjoint(seq: Sequence, d_y: Tensor, chunk_size: int, store_every: int)
     K dS, Q^T dY: 10 d^2 + 4 b d FLOPs; without momentum 6 d^2 + 4 b d.
     """
     _check_linear(seq)
-    n, length, d = seq.k.shape
+    n, _, d = seq.k.shape
     d_weights = seq.k.new_zeros(n, d, d)
     d_momentum = torch.zeros_like(d_weights)
-    for segment in reversed(chunk_grid(length, chunk_size, 0, store_every)):
+    for segment in reversed(grid):
         _, _, coef = seq.coefficients(segment)
         for j, span in reversed(list(enumerate(segment.spans()))):
             c, q, k, d_out = coef.chunk(j), seq.q[:, span], seq.k[:, span], d_y[:, span]

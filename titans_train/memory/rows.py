@@ -51,6 +51,11 @@ class RowGradients:
     anchor: list[Tensor]
     document: list[Tensor]  # of the document state: weights, then momentum
 
+    def leave_start(self) -> None:
+        """Where the start was another's, it has no gradient here."""
+        for gradient in (*self.weights, *self.momentum):
+            gradient.zero_()
+
     @classmethod
     def join(cls, parts: list[RowGradients]) -> RowGradients:
         """The gradients of all rows from those of neighbouring parts."""

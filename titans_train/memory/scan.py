@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,11 +86,19 @@ class Call:
         ends = anchor if self.spec.ends_inside else []
         return tuple(x.unflatten(0, self.shape) for x in (y, *weights, *momentum, *ends))
 
-    def end_gradients(self, d_final: tuple[Tensor, ...]) -> State:
-        """Of the state after the last token, on rows; copies."""
+    def output_gradient(self, rows: Rows, d_y: Tensor | None) -> Tensor:
+        """[n, L, d]; None: zeros."""
+        return torch.zeros_like(rows.seq.v) if d_y is None else _flat(d_y)
+
+    def end_gradients(self, rows: Rows, d_final: tuple[Tensor | None, ...], part: slice = slice(None)) -> State:
+        """Of the state after the last token, on `rows`, which are `part` of the call's; owned. None: zeros."""
         depth, momentum = self.spec.layers()[:2]
-        parts = _split([d.flatten(0, 1).clone() for d in d_final], [depth, momentum, depth * self.spec.ends_inside])
-        return parts[0], parts[1], parts[2]
+        like = [*rows.weights, *rows.momentum, *(rows.weights if self.spec.ends_inside else [])]
+        own = [
+            torch.zeros_like(t) if d is None else d.flatten(0, 1)[part].clone()
+            for t, d in zip(like, d_final, strict=True)
+        ]
+        return own[:depth], own[depth : depth + momentum], own[depth + momentum :]
 
     def gradients(self, of: RowGradients) -> list[Tensor | None]:
         """Of the Function's tensors, in their order."""
@@ -123,11 +132,13 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor, *d_final: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_y: Tensor | None, *d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         spec: Spec = ctx.spec
         saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no second time
         call, stored = Call(spec, saved[: spec.inputs]), list(saved[spec.inputs :])
-        back = RowsBackward(call.rows(), spec.grid, stored, _flat(d_y), lambda: call.end_gradients(d_final))
+        rows = call.rows()
+        end = partial(call.end_gradients, rows, d_final)
+        back = RowsBackward(rows, spec.grid, stored, call.output_gradient(rows, d_y), end)
         return (None, *call.gradients(back.gradients()))
 
 

@@ -24,11 +24,9 @@ if TYPE_CHECKING:
 
 
 def affine_scan(shards: Shards, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """memory.scan's `run` for a memory of depth 1 without norm."""
+    """For a memory of depth 1 without norm."""
     if spec.depth != 1 or tensors[6] is not None:
         raise ValueError("the affine scan needs a linear memory: depth 1, and no norm inside")
-    if spec.entered or (spec.ends_inside and shards.links.has("right")):
-        raise ValueError("a shard of a sequence begins and ends at a chunk border; only the last one may end inside")
     return _AffineScan.apply(shards, spec, *tensors)  # type: ignore[no-any-return]
 
 
@@ -37,11 +35,9 @@ def _gather(shards: Shards, name: str, own: Tensor) -> list[Tensor]:
 
 
 def _start(maps: list[Tensor], shard: int, rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
-    """The state before this shard; the first shard's place holds the state after it."""
-    if shard == 0:
-        return rows.weights, rows.momentum
-    state = Affine.from_flat(maps[0]).apply([torch.zeros_like(w) for w in rows.weights], rows.momentum)
-    for flat in maps[1:shard]:
+    """The state before this shard. The first shard's map has the state after it, and forgets what it is applied to."""
+    state = rows.weights, rows.momentum
+    for flat in maps[:shard]:
         state = Affine.from_flat(flat).apply(*state)
     return state
 
@@ -53,7 +49,7 @@ class _AffineScan(torch.autograd.Function):
         rows = call.rows()
 
         def exchange() -> list[Tensor]:
-            own = shard_map(rows.seq, spec.grid[0].size, spec.grid[0].chunks)
+            own = shard_map(rows.seq, spec.grid)
             if shard == 0:  # the others need the state that it ends with, and know no start
                 after = own.apply(rows.weights, rows.momentum)
                 own = Affine(torch.zeros_like(own.T), torch.cat([*after[0], *after[1]], dim=1))
@@ -76,8 +72,7 @@ class _AffineScan(torch.autograd.Function):
         saved = ctx.saved_tensors
         call, later = Call(spec, saved[: spec.inputs]), saved[-1]
         rows, stored = call.rows(), list(saved[spec.inputs : -1])
-        flat_d_y = torch.zeros_like(rows.seq.v) if d_y is None else d_y.flatten(0, 1).contiguous()
-        end = _own_end(rows, spec, d_final)
+        flat_d_y, end = call.output_gradient(rows, d_y), call.end_gradients(rows, d_final)
 
         def back(end: State) -> RowGradients:
             return RowsBackward(rows, spec.grid, stored, flat_d_y, lambda: end).gradients()
@@ -88,26 +83,17 @@ class _AffineScan(torch.autograd.Function):
         else:
             gradients = back(_end_adjoint(shards, rows, spec, flat_d_y, end, later))
         if shards.links.has("left"):
-            for gradient in (*gradients.weights, *gradients.momentum):
-                gradient.zero_()  # the start belongs to the first shard
+            gradients.leave_start()
         return (None, None, *call.gradients(gradients))
-
-
-def _own_end(rows: Rows, spec: Spec, d_final: tuple[Tensor | None, ...]) -> State:
-    """Gradients of the state after this shard that this rank's own graph has."""
-    like = [*rows.weights, *rows.momentum, *(rows.weights if spec.ends_inside else [])]
-    own = [torch.zeros_like(t) if d is None else d.flatten(0, 1).clone() for t, d in zip(like, d_final, strict=True)]
-    count = len(rows.weights) + len(rows.momentum)
-    return own[:1], own[1:count], own[count:]
 
 
 def _end_adjoint(shards: Shards, rows: Rows, spec: Spec, d_y: Tensor, end: State, later: Tensor) -> State:
     """The gradient of the state after this shard: its own, and what the shards to the right add."""
     weights, momentum, anchor = end
-    seq, grid, shard = rows.seq, spec.grid, shards.links.shard
+    shard = shards.links.shard
     added = torch.cat([*weights, *momentum], dim=1)
     if shard:  # nobody asks the first shard
-        through = torch.cat(sum(start_adjoint(seq, d_y, grid[0].size, grid[0].chunks), []), dim=1)
+        through = torch.cat(sum(start_adjoint(rows.seq, d_y, spec.grid), []), dim=1)
         added = torch.baddbmm(through, later[0].mT, added)
     gathered = _gather(shards, "adjoint", added)
     total = torch.zeros_like(added)

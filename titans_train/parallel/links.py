@@ -61,8 +61,16 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _room(tensor: Tensor) -> int:
-    return padded(_size(tensor))
+def _buffer(like: Sequence[Tensor], before: int = 0) -> Tensor:
+    """Room for such tensors, behind so many bytes."""
+    total = before + sum(padded(_size(tensor)) for tensor in like)
+    return torch.empty(total, dtype=torch.uint8, device=like[0].device)
+
+
+def _places(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in a buffer, as views."""
+    parts = buffer.split([padded(_size(tensor)) for tensor in like])
+    return [p[: _size(t)].view(t.dtype).view(t.shape) for p, t in zip(parts, like, strict=True)]
 
 
 @dataclass
@@ -79,6 +87,7 @@ class Links:
 
     def __init__(self, mesh: Mesh) -> None:
         self.shard, self.shards, self.rank = mesh.sequence_rank, mesh.sequence, mesh.rank
+        self._who = _who(mesh)
         self.peer = {side: mesh.neighbour(side) for side in ("left", "right")}
         self.count: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
@@ -111,23 +120,18 @@ class Links:
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)  # type: ignore[attr-defined]
 
     def _pack(self, to: Side, label: Label, tensors: Sequence[Tensor]) -> Tensor:
-        total = HEADER + sum(map(_room, tensors))
-        buffer = torch.empty(total, dtype=torch.uint8, device=tensors[0].device)
-        buffer[:HEADER].view(torch.int64).copy_(label.header(self._out[to], total - HEADER))
+        buffer = _buffer(tensors, HEADER)
+        buffer[:HEADER].view(torch.int64).copy_(label.header(self._out[to], buffer.numel() - HEADER))
         self._out[to] += 1
-        first = HEADER
-        for tensor in tensors:
-            place = buffer[first : first + _size(tensor)].view(tensor.dtype).view(tensor.shape)
+        for place, tensor in zip(_places(buffer[HEADER:], tensors), tensors, strict=True):
             place.copy_(tensor.detach())
-            first += _room(tensor)
         return buffer
 
     def expect(self, source: Side, label: Label, like: Sequence[Tensor]) -> None:
         """Posts the receive of a message with tensors of these shapes and dtypes. It may be waited for later."""
-        total = HEADER + sum(map(_room, like))
-        buffer = torch.empty(total, dtype=torch.uint8, device=like[0].device)
+        buffer = _buffer(like, HEADER)
         group = edge_group("rightward" if source == "left" else "leftward")
-        header = label.header(self._in[source], total - HEADER)
+        header = label.header(self._in[source], buffer.numel() - HEADER)
         self._in[source] += 1
         work = dist.irecv(buffer, self.peer[source], group=group)
         self._posted[source].append(_Expected(label, header, buffer, work, like))
@@ -152,11 +156,7 @@ class Links:
         return self._unpack(expected)
 
     def _unpack(self, expected: _Expected) -> list[Tensor]:
-        tensors, first = [], HEADER
-        for like in expected.like:
-            tensors.append(expected.buffer[first : first + _size(like)].view(like.dtype).view(like.shape))
-            first += _room(like)
-        return tensors
+        return _places(expected.buffer[HEADER:], expected.like)
 
     def _check(self, expected: Tensor, got: Tensor, source: str) -> None:
         got = got.view(torch.int64).cpu()
@@ -169,7 +169,7 @@ class Links:
     def gather(self, label: Label, own: Tensor) -> list[Tensor]:
         """Every shard's tensor, in order (the affine scan's exchange). Collective over the shards."""
         out = own.new_empty(self.shards * own.shape[0], *own.shape[1:])
-        with _waiting(f"rank {self.rank} (shard {self.shard} of {self.shards})", f"every shard's {label}"):
+        with _waiting(self._who, f"every shard's {label}"):
             dist.all_gather_into_tensor(out, own.contiguous(), group=edge_group("rightward"))
         self.count["all", label.name] += 1
         self.bytes["all", label.name] += _size(own)
@@ -181,7 +181,7 @@ class Links:
         self.settle("left")
 
     def _wait(self, work: Any, what: str) -> None:
-        with _waiting(f"rank {self.rank} (shard {self.shard} of {self.shards})", what):
+        with _waiting(self._who, what):
             work.wait()
 
     def _take(self, to: str) -> None:
@@ -204,6 +204,10 @@ class Links:
         self._unchecked.clear()
 
 
+def _who(mesh: Mesh) -> str:
+    return f"rank {mesh.rank} (shard {mesh.sequence_rank} of {mesh.sequence})"
+
+
 @contextmanager
 def _waiting(who: str, what: str) -> Iterator[None]:
     try:
@@ -220,16 +224,17 @@ def hand_over(tensors: list[Tensor], mesh: Mesh) -> list[Tensor] | None:
     shard, last = mesh.sequence_rank, mesh.sequence - 1
     if last == 0:
         return tensors
-    group, who = edge_group("leftward"), f"rank {mesh.rank} (shard {shard} of {mesh.sequence})"
-    if shard == last:
-        whole = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
-        with _waiting(who, f"its carried state to be taken by the first shard, rank {mesh.shard_rank(0)}"):
-            dist.send(whole, mesh.shard_rank(0), group=group)
-    if shard:
+    group, who = edge_group("leftward"), _who(mesh)
+    if shard not in (0, last):
         return None
-    sizes = [_size(tensor) for tensor in tensors]
-    whole = torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device)
+    buffer = _buffer(tensors)
+    places = _places(buffer, tensors)
+    if shard == last:
+        for place, tensor in zip(places, tensors, strict=True):
+            place.copy_(tensor)
+        with _waiting(who, f"its carried state to be taken by the first shard, rank {mesh.shard_rank(0)}"):
+            dist.send(buffer, mesh.shard_rank(0), group=group)
+        return None
     with _waiting(who, f"the carried state of the last shard, rank {mesh.shard_rank(last)}"):
-        dist.recv(whole, mesh.shard_rank(last), group=group)
-    parts = zip(whole.split(sizes), tensors, strict=True)
-    return [part.clone().view(like.dtype).view(like.shape) for part, like in parts]
+        dist.recv(buffer, mesh.shard_rank(last), group=group)
+    return places

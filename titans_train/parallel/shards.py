@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from titans_train.memory.scan import memory_scan
+from titans_train.memory.scan import Spec, memory_scan
 from titans_train.memory.state import MemoryState
 from titans_train.parallel.affine_scan import affine_scan
 from titans_train.parallel.links import Label, Links
@@ -101,8 +100,14 @@ class Shards:
         return _Receive.apply(self, name, piece, self.anchor, *start)  # type: ignore[no-any-return]
 
     def scan(self, *call: Any, **options: Any) -> tuple[Tensor, MemoryState]:
+        return memory_scan(*call, **options, run=self._run)
+
+    def _run(self, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """memory.scan's `run`."""
+        if spec.entered or (spec.ends_inside and self.links.has("right")):
+            raise ValueError("a shard of a sequence begins and ends at a chunk border; only the last may end inside")
         run = affine_scan if self.settings.strategy == "affine" else wave_scan
-        return memory_scan(*call, **options, run=partial(run, self))
+        return run(self, spec, *tensors)
 
     def reach(self, window: int | None) -> int:
         return reach(window, self.position, self.settings.carries)

@@ -64,26 +64,28 @@ def join_over_ranks(parameter: Tensor, value: Tensor, mesh: Mesh) -> Tensor:
     split = split_of(parameter)
     if split is None:
         return value
-    shares = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(split.parts)]
-    dist.all_gather(shares, value.detach().contiguous(), group=tensor_group(mesh))
+    return _join(split, value, mesh)
+
+
+def _join(split: Split, own: Tensor, mesh: Mesh) -> Tensor:
+    shares = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(split.parts)]
+    dist.all_gather(shares, own.detach().contiguous(), group=tensor_group(mesh))
     return split.join(shares)
 
 
-# Of what a model carries, by number of dimensions: [B, H, ..., ...], [B, K, H d]; [B, C] has no heads.
-_HEADS = {4: 1, 3: 2}
+def _split_of_state(tensor: Tensor, mesh: Mesh) -> Split | None:
+    """Of a tensor that a model carries: [B, H, ..., ...] or [B, K, H d]; [B, C] has no heads."""
+    dim = {4: 1, 3: 2}.get(tensor.ndim)
+    return None if dim is None or mesh.tensor == 1 else Split(dim, mesh.tensor)
 
 
 def join_heads(own: Tensor, mesh: Mesh) -> Tensor:
     """All heads of a tensor of a model's state. Collective over the tensor-parallel ranks."""
-    if mesh.tensor == 1 or own.ndim not in _HEADS:
-        return own
-    shares = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(mesh.tensor)]
-    dist.all_gather(shares, own.detach().contiguous(), group=tensor_group(mesh))
-    return torch.cat(shares, _HEADS[own.ndim])
+    split = _split_of_state(own, mesh)
+    return own if split is None else _join(split, own, mesh)
 
 
 def cut_heads(whole: Tensor, mesh: Mesh) -> Tensor:
     """This rank's heads of such a tensor."""
-    if whole.ndim not in _HEADS:
-        return whole
-    return whole.chunk(mesh.tensor, _HEADS[whole.ndim])[mesh.tensor_rank].contiguous()
+    split = _split_of_state(whole, mesh)
+    return whole if split is None else split.share(whole, mesh.tensor_rank)

@@ -10,6 +10,7 @@ One autograd Function owns both loops, so that the order of messages is this fil
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +21,12 @@ from titans_train.memory.rows import RowGradients, Rows, RowsBackward, State, fo
 from titans_train.memory.scan import Call, Spec
 
 if TYPE_CHECKING:
+    from titans_train.parallel.links import Label
     from titans_train.parallel.shards import Shards
 
 
 def wave_scan(shards: Shards, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """memory.scan's `run`. ValueError: a shard that ends inside a chunk, unless it is the last."""
-    if spec.entered or (spec.ends_inside and shards.links.has("right")):
-        raise ValueError("a shard of a sequence begins and ends at a chunk border; only the last one may end inside")
+    """For any memory."""
     return _Wave.apply(shards, spec, *tensors)  # type: ignore[no-any-return]
 
 
@@ -59,7 +59,7 @@ class _Wave(torch.autograd.Function):
         spec: Spec = ctx.spec
         saved = ctx.saved_tensors
         call, stored = Call(spec, saved[: spec.inputs]), list(saved[spec.inputs :])
-        gradients = _backward(ctx.shards, call, stored, d_y, list(d_final))
+        gradients = _backward(ctx.shards, call, stored, d_y, d_final)
         return (None, None, *call.gradients(gradients))
 
 
@@ -68,49 +68,39 @@ def _state(rows: Rows) -> list[Tensor]:
 
 
 def _backward(
-    shards: Shards, call: Call, stored: list[Tensor], d_y: Tensor | None, d_final: list[Tensor | None]
+    shards: Shards, call: Call, stored: list[Tensor], d_y: Tensor | None, d_final: tuple[Tensor | None, ...]
 ) -> RowGradients:
-    spec, links = call.spec, shards.links
+    grid, links = call.spec.grid, shards.links
     rows = call.rows()
-    flat_d_y = torch.zeros_like(rows.seq.v) if d_y is None else d_y.flatten(0, 1).contiguous()
-    d_ends = [None if d is None else d.flatten(0, 1) for d in d_final]
+    flat_d_y = call.output_gradient(rows, d_y)
     parts = shards.pieces(flat_d_y.shape[0])
     pieces = [rows.part(part) for part in parts]
     each = len(stored) // len(parts)
     out: list[RowGradients] = []
 
+    def label(number: int) -> Label:
+        return shards.label("state", number, gradient=True)
+
     def ahead(number: int) -> None:
         if links.has("right") and number >= 0:
-            links.expect("right", shards.label("state", number, gradient=True), _state(pieces[number]))
+            links.expect("right", label(number), _state(pieces[number]))
+
+    def end(number: int) -> State:
+        """Of the state after this shard: what this rank's own graph adds, and from the right."""
+        own = call.end_gradients(pieces[number], d_final, parts[number])
+        if links.has("right"):
+            received = links.gradient(label(number), _state(pieces[number]))
+            for gradient, more in zip([*own[0], *own[1]], received, strict=True):
+                gradient += more
+        return own
 
     ahead(len(parts) - 1)
     for number in range(len(parts) - 1, -1, -1):
         ahead(number - 1)
-
-        def end(number: int = number) -> State:
-            own = [None if d is None else d[parts[number]] for d in d_ends]
-            return _end_gradients(shards, spec, number, pieces[number], own)
-
         kept = stored[number * each : (number + 1) * each]
-        gradients = RowsBackward(pieces[number], spec.grid, kept, flat_d_y[parts[number]], end).gradients()
+        gradients = RowsBackward(pieces[number], grid, kept, flat_d_y[parts[number]], partial(end, number)).gradients()
         if links.has("left"):
-            links.answer(shards.label("state", number, gradient=True), [*gradients.weights, *gradients.momentum])
-            for gradient in (*gradients.weights, *gradients.momentum):
-                gradient.zero_()  # the start belongs to the first shard
+            links.answer(label(number), [*gradients.weights, *gradients.momentum])
+            gradients.leave_start()
         out.insert(0, gradients)
     return RowGradients.join(out)
-
-
-def _end_gradients(shards: Shards, spec: Spec, number: int, piece: Rows, own: list[Tensor | None]) -> State:
-    """Of the state after this shard: from the right, and what this rank's own graph adds."""
-    depth, momentum = spec.layers()[:2]
-    count, links = depth + momentum, shards.links
-    if links.has("right"):
-        found = links.gradient(shards.label("state", number, gradient=True), _state(piece))
-    else:
-        found = [torch.zeros_like(t) for t in _state(piece)]
-    for gradient, more in zip(found, own, strict=False):
-        if more is not None:
-            gradient += more
-    anchor = [torch.zeros_like(w) if d is None else d.clone() for w, d in zip(piece.weights, own[count:], strict=False)]
-    return found[:depth], found[depth:count], anchor

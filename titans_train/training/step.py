@@ -33,19 +33,20 @@ class StepResult:
 
 
 def own_share(batch: Batch, parts: Parts) -> Batch:
-    """This rank's shard of every row, on its device."""
-
-    def own(x: Tensor | None) -> Tensor | None:
-        return None if x is None else parts.shard(x).to(device(), non_blocking=True)
-
+    """This rank's shard of every row."""
     starts = with_starts(batch.document_starts, batch.continues, batch.tokens)
-    tokens, labels = own(batch.tokens), own(batch.labels)
-    assert tokens is not None and labels is not None
-    return Batch(tokens, labels, own(starts), batch.sample_ids, batch.continues)
+    own = None if starts is None else parts.shard(starts)
+    return Batch(parts.shard(batch.tokens), parts.shard(batch.labels), own, batch.sample_ids, batch.continues)
+
+
+def to_device(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    where = device()
+    starts = None if batch.document_starts is None else batch.document_starts.to(where, non_blocking=True)
+    return batch.tokens.to(where, non_blocking=True), batch.labels.to(where, non_blocking=True), starts
 
 
 def valid_tokens(batches: list[Batch], mesh: Mesh) -> Tensor:
-    """Of the global batch, from each rank's own share: a 0-d float64 tensor on the device."""
+    """Of the global batch, from each rank's own share, counted where it was read: 0-d float64 on the device."""
     count = sum(int((b.labels != IGNORE).sum()) for b in batches)
     return sum_over_data(torch.tensor(float(count), dtype=torch.float64, device=device()), mesh)
 
@@ -91,8 +92,7 @@ def forward(
     engine: Engine, batch: Batch, state: ModelState | None = None, return_state: bool = False
 ) -> tuple[Tensor, ModelState | None]:
     """Sum of the token losses of this rank's share of a micro-batch, and what its rows end with."""
-    out = engine(
-        batch.tokens, labels=batch.labels, document_starts=batch.document_starts, state=state, return_state=return_state
-    )
+    tokens, labels, starts = to_device(batch)
+    out = engine(tokens, labels=labels, document_starts=starts, state=state, return_state=return_state)
     assert isinstance(out.loss_sum, Tensor)
     return out.loss_sum, out.state
