@@ -49,12 +49,12 @@ def summary(manifest: Manifest, corpus: Corpus, output: Path) -> str:
     """What lies in the folder, for people."""
     lines = [f"prepared {output}: {manifest.tokenizer.kind} tokenizer, vocabulary {manifest.tokenizer.vocabulary}"]
     for name in SPLITS:
-        split = manifest.splits[name]
-        stored = sum(shard.stored.bytes for shard in split.shards)
-        lines.append(
-            f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.text_bytes / 1e6:.1f} MB of text"
-            f" in {len(split.shards)} shards of {stored / 1e6:.1f} MB together"
-        )
+        for source, split in manifest.splits[name].items():
+            stored = sum(shard.stored.bytes for shard in split.shards)
+            lines.append(
+                f"  {name}/{source}: {split.documents:,} documents, {split.tokens:,} tokens, {split.text_bytes / 1e6:.1f} MB of text"
+                f" in {len(split.shards)} shards of {stored / 1e6:.1f} MB together"
+            )
     lines += [f"  left out: {count:,} x {reason}" for reason, count in sorted(corpus.skipped.items())]
     return "\n".join(lines)
 

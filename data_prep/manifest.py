@@ -1,7 +1,11 @@
 """manifest.json: what a prepared folder holds, with the size and hash of every file in it.
 
-Written by `data_prep`, trusted by `titans_train.data`: a file that disagrees with it is never read. Plain data;
-imports neither torch nor streaming.
+    manifest.json  tokenizer.json or tokenizer.model  report.md  report.png
+    <split>/<source>/index.json  lengths.npy  shard.00000.mds.zstd ...
+
+Each <split>/<source> is a data set of mosaicml-streaming (MDS, columns "name" and "tokens"). Written by `data_prep`,
+trusted by `titans_train.data`: a file that disagrees with it is never read. Plain data; imports neither torch nor
+streaming.
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-VERSION = 1
+VERSION = 2
 FILE_NAME = "manifest.json"
 SPLITS = ("train", "validation")
+DEFAULT_SOURCE = "text"  # of documents that name no source
 _BLOCK_BYTES = 1 << 20
 
 
@@ -49,7 +54,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class SplitEntry:
-    """One split. `tokens` counts one end-of-document token per document; `text_bytes` is UTF-8, without it."""
+    """One source in one split. `tokens` counts one end-of-document token per document; `text_bytes` is UTF-8, without it."""
 
     documents: int
     tokens: int
@@ -61,11 +66,11 @@ class SplitEntry:
 
 @dataclass(frozen=True)
 class TokenizerEntry:
-    kind: str  # "bytes" or "huggingface"
+    kind: str  # "bytes", "huggingface" or "sentencepiece"
     sha256: str
     vocabulary: int  # token ids are below this
     end_of_document: int
-    file: FileEntry | None  # the copied tokenizer.json; None for bytes
+    file: FileEntry | None  # the copied tokenizer.json or tokenizer.model; None for bytes
 
 
 @dataclass(frozen=True)
@@ -73,16 +78,19 @@ class Manifest:
     version: int
     tokenizer: TokenizerEntry
     dtype: str  # "uint16" or "uint32", little-endian
+    tool: str  # version of this project that wrote it
     settings: dict[str, Any]  # what preparing was asked for; the same settings are not prepared twice
-    splits: dict[str, SplitEntry]
+    report: dict[str, Any]  # what was read, left out and why (counts), for people
+    splits: dict[str, dict[str, SplitEntry]]  # split -> source, in sorted order; a source without documents is absent
 
     def files(self) -> Iterator[tuple[str, FileEntry]]:
         """Every stored file as (path below the folder, entry), the manifest itself excepted."""
         if self.tokenizer.file is not None:
             yield self.tokenizer.file.name, self.tokenizer.file
-        for split, entry in self.splits.items():
-            for file in (entry.index, entry.lengths, *(shard.stored for shard in entry.shards)):
-                yield f"{split}/{file.name}", file
+        for split, sources in self.splits.items():
+            for source, entry in sources.items():
+                for file in (entry.index, entry.lengths, *(shard.stored for shard in entry.shards)):
+                    yield f"{split}/{source}/{file.name}", file
 
     def to_text(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
@@ -100,10 +108,15 @@ class Manifest:
                 version=VERSION,
                 tokenizer=TokenizerEntry(**{**data["tokenizer"], "file": _file(data["tokenizer"]["file"])}),
                 dtype=data["dtype"],
+                tool=data["tool"],
                 settings=data["settings"],
-                splits={name: _split(data["splits"][name]) for name in SPLITS},
+                report=data["report"],
+                splits={
+                    name: {source: _split(entry) for source, entry in sorted(data["splits"][name].items())}
+                    for name in SPLITS
+                },
             )
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ManifestError(
                 f"{where} is not a complete manifest ({type(error).__name__}: {error}); prepare the data again"
             ) from error
@@ -113,14 +126,15 @@ class Manifest:
     def _check_sums(self, where: str) -> None:
         if self.dtype not in ("uint16", "uint32"):
             raise ManifestError(f"{where}: dtype {self.dtype!r} is neither uint16 nor uint32; prepare the data again")
-        for name, split in self.splits.items():
-            for unit in ("documents", "tokens"):
-                total, stated = sum(getattr(shard, unit) for shard in split.shards), getattr(split, unit)
-                if total != stated:
-                    raise ManifestError(
-                        f"{where}: the shards of {name} hold {total} {unit}, the manifest says {stated}; "
-                        "prepare the data again"
-                    )
+        for split, sources in self.splits.items():
+            for source, entry in sources.items():
+                for unit in ("documents", "tokens"):
+                    total, stated = sum(getattr(shard, unit) for shard in entry.shards), getattr(entry, unit)
+                    if total != stated:
+                        raise ManifestError(
+                            f"{where}: the shards of {split}/{source} hold {total} {unit}, the manifest says {stated}; "
+                            "prepare the data again"
+                        )
 
 
 def _file(data: dict[str, Any] | None) -> FileEntry | None:

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from data_prep.errors import PrepareError
 from data_prep.manifest import (
+    DEFAULT_SOURCE,
     FILE_NAME,
     SPLITS,
     VERSION,
@@ -32,6 +33,7 @@ from data_prep.manifest import (
 )
 from data_prep.sources import Corpus, Document
 from data_prep.tokenizer import TOKENIZER_FILE, Tokenizer
+from titans_train import __version__
 
 COMPRESSION = {"zstd": "zstd:7", "none": None}
 LENGTHS_FILE = "lengths.npy"
@@ -165,7 +167,8 @@ def _write_folder(
         splits = _write_splits(corpus, tokenizer, settings, partial)
         file = _copy_tokenizer(tokenizer, partial)
         entry = TokenizerEntry(tokenizer.kind, tokenizer.sha256, tokenizer.vocabulary, tokenizer.end_of_document, file)
-        manifest = Manifest(VERSION, entry, _dtype(tokenizer).name, wanted, splits)
+        report = {"left_out": dict(corpus.skipped)}
+        manifest = Manifest(VERSION, entry, _dtype(tokenizer).name, __version__, wanted, report, splits)
         (partial / FILE_NAME).write_text(manifest.to_text(), "utf-8")
         _flush_to_disk(partial)
         os.replace(partial, output)
@@ -174,8 +177,10 @@ def _write_folder(
     return manifest
 
 
-def _write_splits(corpus: Corpus, tokenizer: Tokenizer, settings: Settings, folder: Path) -> dict[str, SplitEntry]:
-    writers = {split: _SplitWriter(folder / split, tokenizer, settings) for split in SPLITS}
+def _write_splits(
+    corpus: Corpus, tokenizer: Tokenizer, settings: Settings, folder: Path
+) -> dict[str, dict[str, SplitEntry]]:
+    writers = {split: _SplitWriter(folder / split / DEFAULT_SOURCE, tokenizer, settings) for split in SPLITS}
     try:
         for batch in _batches(corpus.documents()):
             for document, tokens in zip(batch, tokenizer.encode([item.text for item in batch]), strict=True):
@@ -183,7 +188,7 @@ def _write_splits(corpus: Corpus, tokenizer: Tokenizer, settings: Settings, fold
                 writers[split].add(document, tokens)
         counts = {split: len(writer.lengths) for split, writer in writers.items()}
         _check_counts(corpus, counts, settings)
-        return {split: writer.finish() for split, writer in writers.items()}
+        return {split: {DEFAULT_SOURCE: writer.finish()} for split, writer in writers.items()}
     finally:
         for writer in writers.values():
             writer.close()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from data_prep.sources import find_files
-from data_prep.tokenizer import ByteTokenizer
-from data_prep.write import Settings, prepare
+from data_prep.__main__ import main
 from titans_train.config.schema import Attention, Data, Model, Recall, Run, RunConfig, Training
 
 END = 256
@@ -25,9 +23,13 @@ def write_texts(folder: Path, documents: int = 60, seed: int = 0) -> None:
 def prepare_folder(parent: Path, compression: str = "zstd", shard_size: int = 8192) -> Path:
     """A prepared folder of several shards."""
     write_texts(parent / "texts")
-    settings = Settings(validation_share=0.2, shard_size=shard_size, compression=compression)
-    prepare(find_files([str(parent / "texts")], "text"), ByteTokenizer(), settings, parent / "prepared")
+    prepare_texts(parent / "texts", parent / "prepared", compression, shard_size)
     return parent / "prepared"
+
+
+def prepare_texts(texts: Path, output: Path, compression: str = "zstd", shard_size: int = 8192) -> None:
+    options = ["--validation-share", "0.2", "--shard-size", str(shard_size), "--compression", compression]
+    assert main(["--input", str(texts), "--output", str(output), *options]) == 0
 
 
 def run_config(

@@ -90,9 +90,11 @@ def test_a_rank_gets_a_contiguous_slice_in_micro_batches(prepared: Path, tmp_pat
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_shard_ends_the_run_with_an_error_that_names_it(prepared: Path, tmp_path: Path, workers: int) -> None:
     folder = Path(shutil.copytree(prepared, tmp_path / "damaged"))
-    flip(folder / "train" / "shard.00002.mds.zstd", 0.5)
+    flip(folder / "train" / "text" / "shard.00002.mds.zstd", 0.5)
     config = run_config(folder, tmp_path, workers=workers)
-    with pytest.raises(DataError, match=r"^shard .*train/shard\.00002\.mds\.zstd is damaged: xxh64 \w+, expected \w+;"):
+    with pytest.raises(
+        DataError, match=r"^shard .*train/text/shard\.00002\.mds\.zstd is damaged: xxh64 \w+, expected \w+;"
+    ):
         list(loader(open_dataset(config), make_plan(config, world_size=1)))
 
 
@@ -103,7 +105,7 @@ def test_workers_that_open_the_same_shards_at_once_do_not_disturb_each_other(
     for attempt in range(5):
         shutil.rmtree(tmp_path / "test" / "cache", ignore_errors=True)
         assert global_batches(config, 1) == reference["concatenate"], attempt
-    assert not list(tmp_path.glob("test/cache/*/train/*.zstd"))
+    assert not list(tmp_path.glob("test/cache/*/train/text/*.zstd"))
 
 
 def test_a_batch_that_does_not_divide_is_refused(prepared: Path, tmp_path: Path) -> None:

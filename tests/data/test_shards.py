@@ -36,7 +36,7 @@ def flip(path: Path, place: float, bit: int = 0) -> None:
 @pytest.mark.parametrize("bit", [0, 7])
 def test_a_flipped_bit_in_a_raw_shard_is_caught(prepared_raw: Path, tmp_path: Path, place: float, bit: int) -> None:
     folder = copy_of(prepared_raw, tmp_path)
-    flip(folder / "train" / RAW, place, bit)
+    flip(folder / "train" / "text" / RAW, place, bit)
     with pytest.raises(DataError, match=rf"{RAW} is damaged: xxh64 \w+, expected \w+; copy the file again"):
         read_all(folder, tmp_path)
 
@@ -46,7 +46,7 @@ def test_a_flipped_bit_in_a_raw_shard_is_caught(prepared_raw: Path, tmp_path: Pa
 @pytest.mark.parametrize("bit", [0, 7])
 def test_a_flipped_bit_in_a_compressed_shard_is_caught(prepared: Path, tmp_path: Path, place: float, bit: int) -> None:
     folder = copy_of(prepared, tmp_path)
-    flip(folder / "train" / COMPRESSED, place, bit)
+    flip(folder / "train" / "text" / COMPRESSED, place, bit)
     with pytest.raises(DataError, match=rf"{COMPRESSED} is damaged: xxh64 \w+, expected \w+; copy the file again"):
         read_all(folder, tmp_path)
 
@@ -67,7 +67,7 @@ def test_a_shard_cut_lost_or_replaced_is_caught(
     prepared: Path, prepared_raw: Path, tmp_path: Path, damage: str, name: str
 ) -> None:
     folder = copy_of(prepared_raw if name == RAW else prepared, tmp_path)
-    shard = folder / "train" / name
+    shard = folder / "train" / "text" / name
     do, message = DAMAGE[damage]
     do(shard, shard.with_name(name.replace("1", "2")))
     with pytest.raises(DataError, match=rf"{name} {message}"):
@@ -77,7 +77,7 @@ def test_a_shard_cut_lost_or_replaced_is_caught(
 @pytest.mark.parametrize("name", [RAW, COMPRESSED])
 def test_two_swapped_shards_are_caught(prepared: Path, prepared_raw: Path, tmp_path: Path, name: str) -> None:
     folder = copy_of(prepared_raw if name == RAW else prepared, tmp_path)
-    one, other = folder / "train" / name, folder / "train" / name.replace("1", "2")
+    one, other = folder / "train" / "text" / name, folder / "train" / name.replace("1", "2")
     os.rename(one, folder / "aside")
     os.rename(other, one)
     os.rename(folder / "aside", other)
@@ -88,7 +88,7 @@ def test_two_swapped_shards_are_caught(prepared: Path, prepared_raw: Path, tmp_p
 def test_a_shard_damaged_after_it_was_checked_is_caught_by_the_next_run(prepared_raw: Path, tmp_path: Path) -> None:
     folder = copy_of(prepared_raw, tmp_path)
     read_all(folder, tmp_path)
-    shard = folder / "train" / RAW
+    shard = folder / "train" / "text" / RAW
     before = shard.stat()
     flip(shard, 0.5)
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # size and modification time tell nothing
@@ -99,7 +99,7 @@ def test_a_shard_damaged_after_it_was_checked_is_caught_by_the_next_run(prepared
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_damaged_copy_in_the_cache_is_made_anew(prepared: Path, tmp_path: Path, cut: bool) -> None:
     expected = read_all(prepared, tmp_path)
-    (cached,) = tmp_path.glob(f"test/cache/*/train/{RAW}")
+    (cached,) = tmp_path.glob(f"test/cache/*/train/text/{RAW}")
     os.truncate(cached, 100) if cut else flip(cached, 0.5)
     assert read_all(prepared, tmp_path) == expected
 
@@ -108,20 +108,20 @@ def test_a_shard_cut_while_the_run_reads_it_is_caught(prepared_raw: Path, tmp_pa
     folder = copy_of(prepared_raw, tmp_path)
     dataset = open_dataset(run_config(folder, tmp_path, shuffle=False))
     dataset.sequence(0)
-    os.truncate(folder / "train" / "shard.00000.mds", 5000)
-    with pytest.raises(DataError, match=r"shard train/shard\.00000\.mds"):
+    os.truncate(folder / "train" / "text" / "shard.00000.mds", 5000)
+    with pytest.raises(DataError, match=r"shard train/text/shard\.00000\.mds"):
         for number in range(dataset.sequences_total):
             dataset.sequence(number)
 
 
 def test_compressed_and_raw_shards_hold_the_same_tokens(prepared: Path, prepared_raw: Path, tmp_path: Path) -> None:
     assert read_all(prepared, tmp_path) == read_all(prepared_raw, tmp_path)
-    assert len(list((prepared / "train").glob("shard.*.zstd"))) > 4
+    assert len(list((prepared / "train" / "text").glob("shard.*.zstd"))) > 4
 
 
 def test_a_checked_shard_is_not_hashed_again(prepared: Path, tmp_path: Path) -> None:
     read_all(prepared, tmp_path)
-    markers = {path: path.stat().st_mtime_ns for path in tmp_path.glob("test/cache/*/train/*.checked")}
+    markers = {path: path.stat().st_mtime_ns for path in tmp_path.glob("test/cache/*/train/text/*.checked")}
     assert len(markers) > 5
     read_all(prepared, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in markers} == markers
@@ -136,14 +136,14 @@ def test_the_prepared_folder_is_left_as_it_was(prepared: Path, prepared_raw: Pat
 
 def test_damaged_document_lengths_are_caught(prepared: Path, tmp_path: Path) -> None:
     folder = copy_of(prepared, tmp_path)
-    flip(folder / "train" / "lengths.npy", -8)
+    flip(folder / "train" / "text" / "lengths.npy", -8)
     with pytest.raises(DataError, match=r"lengths\.npy is damaged"):
         read_all(folder, tmp_path)
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
-    ('"documents": ', '"documents": 1', "the shards of train hold"),
-    ('"version": 1', '"version": 2', "manifest version 2, this code reads 1"),
+    ('"documents": ', '"documents": 1', "the shards of train/text hold"),
+    ('"version": 2', '"version": 3', "manifest version 3, this code reads 2"),
     ("{", "", "not a complete manifest"),
 ])  # fmt: skip
 def test_a_damaged_manifest_is_caught(prepared: Path, tmp_path: Path, old: str, new: str, message: str) -> None:

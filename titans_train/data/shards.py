@@ -51,7 +51,8 @@ class ShardStore:
             self.manifest = Manifest.from_text(text, f"{self.path}/{FILE_NAME}")
         except ManifestError as error:
             raise DataError(str(error)) from error
-        self.entry = self.manifest.splits[split]
+        self.split = split = f"{split}/text"
+        self.entry = self.manifest.splits[split.partition("/")[0]]["text"]
         self.fingerprint = text_hash(text)
         # Named by content, so that one cache folder can serve several data sets, and changed data starts anew.
         self.cache = cache.expanduser().absolute() / self.fingerprint
@@ -123,7 +124,7 @@ class ShardStore:
                     path = self._verified(shard.raw, self._in_place(shard.raw))
                 else:
                     path = self._decompressed(shard)
-                self._open[number] = self._mds_reader(shard, path.parent.parent)
+                self._open[number] = self._mds_reader(shard, path.parent.parent.parent)
             return self._open[number]
 
     def _in_place(self, file: FileEntry) -> Path | None:
