@@ -1,80 +1,182 @@
-"""python -m data_prep: text to token shards, from the command line."""
+"""python -m data_prep: text to token shards, from the command line. A run that was stopped goes on when repeated."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from data_prep.errors import PrepareError
+from data_prep.job import Job
 from data_prep.manifest import SPLITS, Manifest
-from data_prep.sources import Corpus, default_corpus, find_files
+from data_prep.prepare import prepare
+from data_prep.readers import ReadSettings
+from data_prep.settings import COMPRESSION, Settings
+from data_prep.sources import SUFFIXES, default_corpus, find_files
 from data_prep.tokenizer import load_tokenizer
-from data_prep.write import COMPRESSION, Settings, prepare
+from data_prep.work import find_place
 
-_UNITS = {"": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30}
+_UNITS = {"": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
+_BAD_SHARE = 0.01
+_DEFAULT_CORPUS_BAD_SHARE = 0.05  # the standard library carries test data in other encodings
 
 
 def parse_size(text: str) -> int:
     """Bytes of "65536", "512kb", "16mb" or "1gb" (units of 1024)."""
-    match = re.fullmatch(r"(\d+)\s*(|kb|mb|gb)", text.strip().lower())
+    match = re.fullmatch(r"(\d+)\s*(|kb|mb|gb|tb)", text.strip().lower())
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write bytes or a number with kb, mb or gb, as 16mb")
     return int(match[1]) * _UNITS[match[2]]
 
 
 def parser() -> argparse.ArgumentParser:
-    defaults = Settings()
+    settings, read = Settings(), ReadSettings()
     result = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
     source = result.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", metavar="PATH", help="folders or .txt .md .py .jsonl .parquet files")
-    source.add_argument("--default-corpus", action="store_true", help="the running Python's standard library")
-    result.add_argument("--output", required=True, type=Path, metavar="FOLDER")
-    result.add_argument("--tokenizer", default="bytes", metavar="bytes|FILE.json", help="default: bytes")
-    result.add_argument("--end-token", metavar="TEXT", help="the tokenizer file's end-of-document token, if unusual")
-    result.add_argument("--text-field", default="text", metavar="NAME", help="JSONL and Parquet field; default: text")
-    result.add_argument("--validation-share", type=float, default=defaults.validation_share, metavar="SHARE")
-    result.add_argument("--seed", type=int, default=defaults.seed, help="of the split by document hash")
-    result.add_argument(
-        "--shard-size", type=parse_size, default=defaults.shard_size, help="decompressed; default: 16mb"
+    source.add_argument(
+        "--input",
+        nargs="+",
+        metavar="PATH",
+        help=f"files, folders, glob patterns, s3://BUCKET/KEY or @LIST of them; {' '.join(SUFFIXES)}",
     )
-    result.add_argument("--compression", choices=sorted(COMPRESSION), default=defaults.compression)
-    result.add_argument("--max-bytes", type=parse_size, metavar="SIZE", help="stop after this much text")
-    return result
+    source.add_argument("--default-corpus", action="store_true", help="the running Python's standard library")
+    result.add_argument("--output", required=True, metavar="FOLDER|s3://BUCKET/KEY")
+
+    reading = result.add_argument_group("reading")
+    reading.add_argument(
+        "--text-field",
+        default=read.text_field,
+        metavar="NAME",
+        help="JSON Lines and Parquet field of the text, may be dotted; default: text",
+    )
+    reading.add_argument("--source-field", metavar="NAME", help="field of the data source; each gets its own shards")
+    reading.add_argument("--document-separator", metavar="TEXT", help="cuts text files; default: a file is a document")
+    reading.add_argument(
+        "--max-document-size",
+        type=parse_size,
+        default=read.max_document_bytes,
+        metavar="SIZE",
+        help="a longer document is rejected; default: 64mb",
+    )
+    reading.add_argument(
+        "--max-bad-share", type=float, metavar="SHARE", help=f"more rejected records end the run; default: {_BAD_SHARE}"
+    )
+    reading.add_argument("--max-bytes", type=parse_size, metavar="SIZE", help="stop after this much text")
+    reading.add_argument("--keep-duplicates", action="store_true", help="exact copies of a document stay")
+
+    writing = result.add_argument_group("tokens and shards")
+    writing.add_argument(
+        "--tokenizer",
+        default="bytes",
+        metavar="bytes|FILE",
+        help="tokenizer.json of Hugging Face or a SentencePiece .model; default: bytes",
+    )
+    writing.add_argument("--end-token", metavar="TEXT", help="the tokenizer file's end-of-document token, if unusual")
+    writing.add_argument(
+        "--validation-share",
+        type=float,
+        default=settings.validation_share,
+        metavar="SHARE",
+        help=f"default: {settings.validation_share}",
+    )
+    writing.add_argument("--seed", type=int, default=settings.seed, help="of the split by document hash; default: 0")
+    writing.add_argument(
+        "--shard-size", type=parse_size, default=settings.shard_size, metavar="SIZE", help="decompressed; default: 16mb"
+    )
+    writing.add_argument("--compression", choices=sorted(COMPRESSION), default=settings.compression)
+
+    running = result.add_argument_group("running")
+    running.add_argument(
+        "--workers", type=int, metavar="N", help="processes; default: one per CPU, fewer for little input"
+    )
+    running.add_argument(
+        "--work", metavar="FOLDER", help="for unfinished work; default: .NAME.partial beside the output, here for s3://"
+    )
+    running.add_argument("--restart", action="store_true", help="throw unfinished work away")
+    running.add_argument("--quiet", action="store_true", help="no progress, no notes")
+    return result  # fmt: skip
 
 
-def summary(manifest: Manifest, corpus: Corpus, output: Path) -> str:
-    """What lies in the folder, for people."""
+def summary(manifest: Manifest, output: str) -> str:
+    """What lies in the output, for people."""
     lines = [f"prepared {output}: {manifest.tokenizer.kind} tokenizer, vocabulary {manifest.tokenizer.vocabulary}"]
     for name in SPLITS:
         for source, split in manifest.splits[name].items():
             stored = sum(shard.stored.bytes for shard in split.shards)
             lines.append(
-                f"  {name}/{source}: {split.documents:,} documents, {split.tokens:,} tokens, {split.text_bytes / 1e6:.1f} MB of text"
-                f" in {len(split.shards)} shards of {stored / 1e6:.1f} MB together"
+                f"  {name}/{source}: {split.documents:,} documents, {split.tokens:,} tokens, "
+                f"{split.text_bytes / 1e6:.1f} MB of text in {len(split.shards)} shards of {stored / 1e6:.1f} MB"
             )
-    lines += [f"  left out: {count:,} x {reason}" for reason, count in sorted(corpus.skipped.items())]
+    report = manifest.report
+    if report["duplicates"]:
+        kept = "kept" if manifest.settings["keep_duplicates"] else "left out"
+        lines.append(f"  {kept}: {report['duplicates']:,} exact duplicates")
+    lines += [f"  left out: {count:,} x {reason}" for reason, count in sorted(report["left_out"].items())]
+    for reason, entry in report["rejected"].items():
+        lines.append(f"  rejected: {entry['records']:,} x {reason}, first {entry['first']} ({entry['detail']})")
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: prepared, now or before. 2: refused, the reason on stderr."""
-    options = parser().parse_args(arguments)
-    settings = Settings(options.validation_share, options.seed, options.shard_size, options.compression)
+def make_job(options: argparse.Namespace) -> Job:
+    """Looks at the input and loads the tokenizer. PrepareError where that or a setting cannot be."""
+    limit = _DEFAULT_CORPUS_BAD_SHARE if options.default_corpus else _BAD_SHARE
+    settings = Settings(
+        options.validation_share, options.seed, options.shard_size, options.compression, options.max_bytes,
+        options.keep_duplicates,
+    )  # fmt: skip
+    settings.check()
+    read = ReadSettings(options.text_field, options.source_field, options.document_separator, options.max_document_size)
+    tokenizer = load_tokenizer(options.tokenizer, options.end_token)
+    found = default_corpus() if options.default_corpus else find_files(options.input)
+    return Job(
+        *found, tokenizer, options.output, read, settings, options.work, options.restart, options.workers,
+        limit if options.max_bad_share is None else options.max_bad_share, options.quiet,
+    )  # fmt: skip
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM stops the run as Ctrl-C does."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(number)
+
     try:
-        settings.check()
-        tokenizer = load_tokenizer(options.tokenizer, options.end_token)
-        if options.default_corpus:
-            corpus = default_corpus(options.max_bytes)
-        else:
-            corpus = find_files(options.input, options.text_field)
-            corpus.max_bytes = options.max_bytes
-        print(summary(prepare(corpus, tokenizer, settings, options.output), corpus, options.output))
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: its owner hears signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0: prepared, now or before. 2: refused, the reason on stderr. 130, 143: stopped by a signal."""
+    options = parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers says how much of the machine is used
+
+    def say(text: str) -> None:
+        if not options.quiet:
+            print(text, flush=True)
+
+    try:
+        with _terminable():
+            print(summary(prepare(make_job(options), say), options.output))
     except PrepareError as error:
         print(f"data_prep: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        work = find_place(options.output, options.work).work
+        remedy = "run the same command again to go on"
+        print(f"data_prep: stopped; what is done is kept in {work}: {remedy}", file=sys.stderr)
+        return 128 + int(stop.args[0] if stop.args else signal.SIGINT)
     return 0
 
 

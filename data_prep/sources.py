@@ -1,223 +1,223 @@
-"""Where documents come from: folders and files of text, JSON Lines and Parquet, or the default corpus.
+"""Which files to read, and how their reading is shared out: into units, one process's piece of work each.
 
-Everything is in sorted order, so the same input always gives the same shards. What a user names and cannot be
-read ends the preparing; nothing is dropped silently except what a folder holds besides text, which is counted.
+Everything is in sorted order and depends on names, sizes and times of change only, so the same input always gives
+the same units. What a folder holds besides text is counted; what a user names and cannot be read is refused.
 """
 
 from __future__ import annotations
 
-import importlib
+import fnmatch
+import glob
 import json
+import os
 import platform
 import sysconfig
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import xxhash
 
+from data_prep import storage
 from data_prep.errors import PrepareError
+from data_prep.storage import Compression, FileInfo
 
-TEXT_SUFFIXES = (".md", ".py", ".txt")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
+TEXT_SUFFIXES = (".md", ".py", ".txt", ".txt.gz", ".txt.zst")
+LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+SUFFIXES = (*TEXT_SUFFIXES, *LINES_SUFFIXES, ".parquet")
 DEFAULT_SUFFIXES = (".py", ".txt")
 DEFAULT_SKIPPED_FOLDERS = ("__pycache__", "dist-packages", "site-packages")
-_PARQUET_BATCH_ROWS = 256
+UNIT_BYTES = 64 << 20  # of files as they lie, compressed or not
+UNIT_FILES = 1024
 
-
-@dataclass(frozen=True)
-class Document:
-    name: str  # path inside the input, with :line or :row where one file holds many
-    text: str
+Kind = Literal["text", "lines", "parquet"]
+Found = tuple[list["SourceFile"], dict[str, int], str]
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    path: Path
-    name: str  # path relative to the input it was found under, with that input's own name in front
+    path: str  # absolute local path or URL
+    name: str  # path relative to the input it was found under, with that input's own last component in front
     bytes: int
+    mtime_ns: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        """What its name says it holds; "lines" are JSON Lines."""
+        if self.path.endswith(".parquet"):
+            return "parquet"
+        return "lines" if self.path.endswith(LINES_SUFFIXES) else "text"
+
+    @property
+    def compression(self) -> Compression | None:
+        if self.path.endswith(".gz"):
+            return "gzip"
+        return "zstd" if self.path.endswith(".zst") else None
+
+    def is_one_document(self, separator: str | None) -> bool:
+        """Whether it is a document as a whole, rather than lines, rows or separated documents."""
+        return self.kind == "text" and separator is None
 
 
-@dataclass
-class Corpus:
-    """The files to read, in order, and what was left out on the way (counts by reason)."""
+@dataclass(frozen=True)
+class Unit:
+    """One process's piece of work: bytes [begin, end) of one file, or several small files as a whole.
 
-    files: list[SourceFile]
-    fingerprint: str  # changes when the set of files, a size or a time of change does
-    text_field: str
-    skip_undecodable: bool  # default corpus only: the standard library carries test data in other encodings
-    max_bytes: int | None = None  # of text; reading stops before the document that would pass it
-    skipped: dict[str, int] = field(default_factory=dict)
+    What begins in the range belongs to it: lines, separated documents, row groups of Parquet. So each belongs to
+    exactly one of the ranges that make up a file.
+    """
+
+    number: int
+    files: tuple[SourceFile, ...]
+    begin: int
+    end: int  # with several files: the sum of their bytes, with begin 0
 
     @property
     def bytes(self) -> int:
-        """Bytes of text to expect: exact for text, an upper limit otherwise."""
-        total = sum(_expanded_bytes(file) for file in self.files)
-        return total if self.max_bytes is None else min(total, self.max_bytes)
+        return self.end - self.begin
 
-    def documents(self) -> Iterator[Document]:
-        """Non-empty documents, in order. PrepareError names the file (and line) that cannot be read."""
-        used = 0
-        for file in self.files:
-            for document in self._read(file):
-                if not document.text:
-                    self.skip("empty document")
-                    continue
-                used += len(document.text.encode("utf-8"))
-                if self.max_bytes is not None and used > self.max_bytes:
-                    self.skip("the rest, beyond --max-bytes")
-                    return
-                yield document
+    def key(self) -> str:
+        """16 hex digits that change with what the unit covers: paths, sizes, times of change, range."""
+        state = [[file.path, file.bytes, file.mtime_ns] for file in self.files]
+        return xxhash.xxh64(json.dumps([state, self.begin, self.end]).encode()).hexdigest()
 
-    def skip(self, reason: str) -> None:
-        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
-    def _read(self, file: SourceFile) -> Iterator[Document]:
-        try:
-            if file.path.suffix == ".jsonl":
-                yield from _read_jsonl(file, self.text_field)
-            elif file.path.suffix == ".parquet":
-                yield from _read_parquet(file, self.text_field)
-            else:
-                yield Document(file.name, _decode(file.path.read_bytes(), str(file.path)))
-        except NotUtf8Error:
-            if not self.skip_undecodable:
-                raise
-            self.skip("not UTF-8")
-        except OSError as error:
-            raise PrepareError(
-                f"cannot read {file.path}: {error.strerror or error}; give read permission or leave it out of --input"
-            ) from error
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Unit:
+        return cls(**{**data, "files": tuple(SourceFile(**file) for file in data["files"])})
 
 
-class NotUtf8Error(PrepareError):
-    """A text is not UTF-8."""
+def find_files(
+    inputs: Sequence[str], skipped_folders: Collection[str] = (), suffixes: Sequence[str] = SUFFIXES
+) -> Found:
+    """The files that a user's inputs name, by name then path; counts of what was left out by reason; a fingerprint.
+
+    An input is a file, a folder, a glob pattern or @LIST (a file with one of them per line, # for comments), local or
+    s3://. A file named twice counts once. The fingerprint changes with any name, size or time of change.
+    PrepareError: an input does not exist or matches nothing, a named file is of an unknown kind, nothing is found.
+    """
+    if isinstance(skipped_folders, str):  # the old interface
+        from data_prep import old_sources
+
+        return old_sources.find_files(inputs, skipped_folders)  # type: ignore[return-value]
+    files: dict[str, SourceFile] = {}
+    left_out: Counter[str] = Counter()
+    for text in _without_lists(inputs):
+        root, infos = _below(text, skipped_folders)
+        for info in infos:
+            if not info.path.endswith(tuple(suffixes)):
+                if info.path == root:
+                    raise PrepareError(f"--input {text}: unknown kind of file; known: {' '.join(suffixes)}")
+                left_out["unknown kind of file"] += 1
+                continue
+            name = (os.path.basename(root) + info.path.removeprefix(root)).lstrip("/")
+            place = info.path if storage.is_remote(info.path) else os.path.realpath(info.path)
+            files.setdefault(place, SourceFile(info.path, name, info.bytes, info.mtime_ns))
+    if not files:
+        raise PrepareError(f"no {' '.join(suffixes)} file in {' '.join(inputs)}; name a folder that holds text")
+    ordered = sorted(files.values(), key=lambda file: (file.name, file.path))
+    return ordered, dict(left_out), _fingerprint([[file.name, file.bytes, file.mtime_ns] for file in ordered])
 
 
-def find_files(inputs: Sequence[str], text_field: str) -> Corpus:
-    """The corpus of the paths a user named: files as they are, folders with all that is below them."""
-    files: dict[Path, SourceFile] = {}
-    corpus = Corpus([], "", text_field, skip_undecodable=False)
+def default_corpus(*old: Any) -> Found:
+    """Source and text files of the running Python's standard library: real, everywhere, nothing downloaded.
+
+    Without times of change: the library of one Python version is the same wherever it was unpacked.
+    """
+    if old:  # the old interface
+        from data_prep import old_sources
+
+        return old_sources.default_corpus(*old)  # type: ignore[return-value]
+    root = sysconfig.get_paths()["stdlib"]
+    infos = [i for i in storage.list_files(root, DEFAULT_SKIPPED_FOLDERS) if i.path.endswith(DEFAULT_SUFFIXES)]
+    files = [SourceFile(info.path, os.path.relpath(info.path, root), info.bytes) for info in infos]
+    files.sort(key=lambda file: file.name)
+    return files, {}, _fingerprint([platform.python_version(), *([file.name, file.bytes] for file in files)])
+
+
+def make_units(files: Sequence[SourceFile], unit_bytes: int = UNIT_BYTES, separator: str | None = None) -> list[Unit]:
+    """All of the files, in order, in units of about `unit_bytes`; a function of the files and the two settings only.
+
+    A larger file is cut into ranges where its kind allows it: JSON Lines, Parquet, and text that `separator` cuts
+    into documents, none of them compressed. Other larger files are one unit each.
+    """
+    units: list[Unit] = []
+    group: list[SourceFile] = []
+    group_bytes = 0
+    for file in files:
+        cut = file.bytes > unit_bytes and file.compression is None and not file.is_one_document(separator)
+        if group and (cut or len(group) == UNIT_FILES or group_bytes + file.bytes > unit_bytes):
+            units.append(Unit(len(units), tuple(group), 0, group_bytes))
+            group, group_bytes = [], 0
+        if cut:
+            for begin in range(0, file.bytes, unit_bytes):
+                units.append(Unit(len(units), (file,), begin, min(begin + unit_bytes, file.bytes)))
+        else:
+            group.append(file)
+            group_bytes += file.bytes
+    if group:
+        units.append(Unit(len(units), tuple(group), 0, group_bytes))
+    return units
+
+
+def _fingerprint(state: list[Any]) -> str:
+    return xxhash.xxh64(json.dumps(state).encode()).hexdigest()
+
+
+def _without_lists(inputs: Sequence[str]) -> Iterator[str]:
+    """The inputs, with the lines of a list in its place."""
     for text in inputs:
-        root = Path(text).expanduser()
-        if not root.exists():
-            raise PrepareError(f"--input {text}: no such file or folder; check the spelling")
-        if root.is_file() and root.suffix not in SUFFIXES:
-            raise PrepareError(f"--input {text}: unknown kind of file; known: {' '.join(SUFFIXES)}")
-        for path in [root] if root.is_file() else sorted(_walk(root)):
-            if path.suffix not in SUFFIXES:
-                corpus.skip("unknown kind of file")
-                continue
-            name = (Path(root.resolve().name) / path.relative_to(root)).as_posix()
-            # The same file may be named twice (a folder and a file in it); it counts once.
-            files.setdefault(path.resolve(), SourceFile(path, name, path.stat().st_size))
-    corpus.files = sorted(files.values(), key=lambda file: (file.name, str(file.path)))
-    if not corpus.files:
-        raise PrepareError(f"no {' '.join(SUFFIXES)} file in {' '.join(inputs)}; name a folder that holds text")
-    state = [[file.name, file.bytes, file.path.stat().st_mtime_ns] for file in corpus.files]
-    corpus.fingerprint = xxhash.xxh64(json.dumps(state).encode()).hexdigest()
-    return corpus
-
-
-def default_corpus(max_bytes: int | None) -> Corpus:
-    """Source and text files of the running Python's standard library: real, everywhere, nothing downloaded."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = [path for path in sorted(_walk(root, DEFAULT_SKIPPED_FOLDERS)) if path.suffix in DEFAULT_SUFFIXES]
-    files = [SourceFile(path, path.relative_to(root).as_posix(), path.stat().st_size) for path in found]
-    # Without times of change: the standard library of one Python version is the same wherever it was unpacked.
-    state = [platform.python_version(), *([file.name, file.bytes] for file in files)]
-    fingerprint = xxhash.xxh64(json.dumps(state).encode()).hexdigest()
-    return Corpus(files, fingerprint, "text", skip_undecodable=True, max_bytes=max_bytes)
-
-
-def _walk(folder: Path, skipped: Sequence[str] = ()) -> Iterator[Path]:
-    """Regular files below `folder`, without hidden files and folders; links to folders are not followed."""
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        raise PrepareError(f"cannot list {folder}: {error.strerror}; give read permission") from error
-    for path in entries:
-        if path.name.startswith(".") or path.name in skipped:
+        if not text.startswith("@"):
+            yield text
             continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path, skipped)
-        elif path.is_file():
-            yield path
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise NotUtf8Error(
-            f"{where} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; "
-            "convert it (iconv -f OLD -t UTF-8) or leave it out of --input"
-        ) from error
-
-
-def _read_jsonl(file: SourceFile, text_field: str) -> Iterator[Document]:
-    with file.path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            where = f"{file.path}:{number}"
-            try:
-                record = json.loads(_decode(line, where))
-            except json.JSONDecodeError as error:
-                raise PrepareError(f"{where} is not JSON ({error.msg}); mend or remove the line") from error
-            if not isinstance(record, dict):
-                raise PrepareError(f"{where} holds a {type(record).__name__}, expected an object; mend the line")
-            yield Document(f"{file.name}:{number}", _text_of(record, text_field, where))
-
-
-def _text_of(record: dict[str, Any], text_field: str, where: str) -> str:
-    text = record.get(text_field)
-    if not isinstance(text, str):
-        has = f"is a {type(text).__name__}" if text_field in record else f"is missing; fields: {sorted(record)}"
-        raise PrepareError(f"{where}: field {text_field!r} {has}; name the field that holds text with --text-field")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise NotUtf8Error(f"{where}: field {text_field!r} holds half a surrogate pair; mend the line") from error
-    return text
-
-
-def _parquet() -> Any:
-    try:
-        return importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise PrepareError("reading .parquet needs pyarrow: pip install pyarrow") from error
-
-
-def _open_parquet(path: Path) -> Any:
-    try:
-        return _parquet().ParquetFile(path)
-    except ValueError as error:  # pyarrow.ArrowInvalid
-        raise PrepareError(f"{path} is not a Parquet file ({error}); replace it or leave it out of --input") from error
-
-
-def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Document]:
-    table = _open_parquet(file.path)
-    names = table.schema_arrow.names
-    if text_field not in names:
-        raise PrepareError(f"{file.path}: no column {text_field!r}; columns: {sorted(names)}; use --text-field")
-    batches = table.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=[text_field])
-    row = 0
-    while True:
         try:
-            batch = next(batches, None)
-        except ValueError as error:
-            raise PrepareError(f"{file.path} is damaged after row {row} ({error}); replace it") from error
-        if batch is None:
-            return
-        for value in batch.column(0).to_pylist():
-            yield Document(f"{file.name}:{row}", _text_of({text_field: value}, text_field, f"{file.path}, row {row}"))
-            row += 1
+            lines = storage.read_bytes(text[1:]).decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise PrepareError(f"--input {text}: the list is not UTF-8; it holds one path per line") from error
+        entries = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+        if not entries:
+            raise PrepareError(f"--input {text}: the list is empty; write one path, URL or pattern per line")
+        if nested := [entry for entry in entries if entry.startswith("@")]:
+            raise PrepareError(f"--input {text}: {nested[0]} is a list inside a list; name it with --input")
+        yield from entries
 
 
-def _expanded_bytes(file: SourceFile) -> int:
-    if file.path.suffix != ".parquet":
-        return file.bytes
-    metadata = _open_parquet(file.path).metadata
-    return sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+def _below(text: str, skipped_folders: Collection[str]) -> tuple[str, list[FileInfo]]:
+    """What names are relative to (a folder or the file itself), and the files that one input stands for."""
+    if not _is_pattern(text) or storage.exists(text):
+        return storage.absolute(text), storage.list_files(text, skipped_folders)
+    pattern = storage.absolute(text)
+    parts = pattern.split("/")
+    first = next(index for index, part in enumerate(parts) if _is_pattern(part))
+    root = "/".join(parts[:first]) or "/"
+    if storage.is_remote(text):
+        below = storage.list_files(root, skipped_folders) if storage.exists(root) else []
+        infos = [info for info in below if _matches(info.path.split("/")[first:], parts[first:])]
+    else:
+        paths = sorted(glob.glob(pattern, recursive=True))
+        infos = [info for path in paths for info in storage.list_files(path, skipped_folders)]
+    if not infos:
+        raise PrepareError(f"--input {text}: the pattern matches no file; check it (and quote it for the shell)")
+    return root, infos
+
+
+def _is_pattern(text: str) -> bool:
+    return any(mark in text for mark in "*?[")
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the pattern is that of a path or of a folder above it, as `glob` takes patterns."""
+    if not pattern:
+        return True
+    if pattern[0] == "**":
+        return _matches(parts, pattern[1:]) or (bool(parts) and _matches(parts[1:], pattern))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def __getattr__(name: str) -> Any:  # the old interface
+    from data_prep import old_sources
+
+    return getattr(old_sources, name)

@@ -22,7 +22,7 @@ ALLOWED = {
 }
 SINGLE_PROCESS = ["titans_train/models/*", "titans_train/memory/*"]
 LOGIN_NODE = ["titans_train/__init__.py", "titans_train/__main__.py", "titans_train/shape.py", "titans_train/plan*.py",
-              "titans_train/placement.py", "titans_train/config/*"]  # fmt: skip
+              "titans_train/placement.py", "titans_train/mixing.py", "titans_train/config/*"]  # fmt: skip
 HEAVY = ("torch", "numpy", "megatron", "deepspeed", "streaming", "transformers", "matplotlib", "tensorboard")
 # whole words of an identifier ("tp_rank", "ProcessGroup"); "groups" stays free: convolutions have them
 DISTRIBUTED_WORDS = {"rank", "ranks", "group", "world", "collective", "collectives", "dist", "distributed", "mesh"}

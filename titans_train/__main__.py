@@ -22,6 +22,8 @@ USAGE = """usage: python -m titans_train <verb> ...
   check     CONFIG.yaml [key.path=value ...] [--world N]    is this config right? every problem at once
   plan      CONFIG.yaml [key.path=value ...] [--world N] [--json]    parameters, FLOPs, memory, disk
   train     CONFIG.yaml [key.path=value ...] [--world N]    under torchrun, or alone; resumes by itself
+  verify-data PATH|URL    is every byte of prepared data as it was written? and what is in it
+  show-data CONFIG.yaml --step N    a global batch in words, as the model sees it
   evaluate  -h    loss, perplexity and bits per byte of a checkpoint
   generate  -h    text from a checkpoint
   benchmark -h    speed and memory, beside peers
@@ -85,6 +87,18 @@ def generate(args: Sequence[str]) -> object:
     return run(list(args))
 
 
+def verify_data(args: Sequence[str]) -> object:
+    from titans_train.data.verify import main as run
+
+    return run(list(args))
+
+
+def show_data(args: Sequence[str]) -> object:
+    from titans_train.data.show import main as run
+
+    return run(list(args))
+
+
 def benchmark(args: Sequence[str]) -> object:
     from titans_train.benchmark import main as run
 
@@ -92,7 +106,8 @@ def benchmark(args: Sequence[str]) -> object:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], object]] = {
-    "check": check, "plan": plan, "train": train, "evaluate": evaluate, "generate": generate, "benchmark": benchmark,
+    "check": check, "plan": plan, "train": train, "verify-data": verify_data, "show-data": show_data,
+    "evaluate": evaluate, "generate": generate, "benchmark": benchmark,
 }  # fmt: skip
 
 

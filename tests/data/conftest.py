@@ -2,13 +2,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.corpus import prepare_folder
+from tests.data.corpus import prepare_folder, prepare_sources
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder of compressed shards; tests that damage it copy it first."""
     return prepare_folder(tmp_path_factory.mktemp("compressed"))
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three prepared folders, by the name of the source."""
+    return prepare_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 from data_prep.__main__ import main
-from titans_train.config.schema import Attention, Data, Model, Recall, Run, RunConfig, Training
+from titans_train.config.schema import Attention, Data, Model, Recall, Run, RunConfig, Source, Training
 
 END = 256
 
@@ -32,6 +33,28 @@ def prepare_texts(texts: Path, output: Path, compression: str = "zstd", shard_si
     assert main(["--input", str(texts), "--output", str(output), *options]) == 0
 
 
+def prepare_sources(parent: Path) -> dict[str, Path]:
+    """Three prepared folders, of 24 and more shards together, one of them a few documents only."""
+    for seed, (name, documents) in enumerate({"web": 60, "code": 40, "books": 16}.items()):
+        write_texts(parent / "texts" / name, documents, seed)
+        prepare_texts(parent / "texts" / name, parent / name, "zstd" if name == "web" else "none", 4096)
+    return {name: parent / name for name in ("web", "code", "books")}
+
+
+WEIGHTS = {"web": 0.4, "code": 0.2, "books": 0.4}
+LATER = {"web": 0.5, "code": 0.4, "books": 0.1}
+
+
+def mixed_config(folders: dict[str, Path], runs: Path, change: int | None = 9, **options: Any) -> RunConfig:
+    """Three sources, whose weights change at step `change`."""
+    config = run_config(None, runs, **options)
+    sources = {name: Source(path=str(path), weight=WEIGHTS[name]) for name, path in folders.items()}
+    later = None if change is None else {str(change): LATER}
+    return config.model_copy(
+        update={"data": config.data.model_copy(update={"path": None, "sources": sources, "weights_from": later})}
+    )
+
+
 def run_config(
     path: Path | None,
     runs: Path,
@@ -46,6 +69,7 @@ def run_config(
     seed: int = 0,
     recall: Recall | None = None,
     carry: bool = False,
+    batch: int = 8,
 ) -> RunConfig:
     data = Data(
         source="shards" if recall is None else "recall",
@@ -56,7 +80,7 @@ def run_config(
         recall=recall,
     )
     training = Training(
-        steps=steps, sequence_length=length, global_batch_size=8, micro_batch_size=micro, carry_state=carry
+        steps=steps, sequence_length=length, global_batch_size=batch, micro_batch_size=micro, carry_state=carry
     )
     return RunConfig(
         run=Run(name="test", folder=str(runs), seed=seed),

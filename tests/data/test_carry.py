@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.data.corpus import END, run_config
+from tests.data.corpus import END, mixed_config, run_config
 from tests.data.test_dataset import isolated_reference, open_tokens, texts_of
 from tests.data.test_loader import LAYOUTS, global_batches
-from titans_train.data import Batch, DataError, loader, open_dataset
+from titans_train.data import Batch, DataError, TokenDataset, loader, open_dataset
 from titans_train.plan import make_plan
 
 ROWS, LENGTH, STEPS = 8, 128, 48
@@ -101,52 +101,73 @@ def test_an_isolated_document_starts_only_where_no_state_is_carried_into_it(
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "isolate"])
-def test_rows_continue_except_at_an_epochs_first_step(prepared: Path, tmp_path: Path, packing: str) -> None:
+def test_rows_start_afresh_at_an_epochs_first_step_only(prepared: Path, tmp_path: Path, packing: str) -> None:
     steps = span(prepared, tmp_path, packing)
     for step, batch in enumerate(batches(prepared, tmp_path, packing=packing)):
-        assert batch.continues is not None and batch.continues.dtype == torch.bool
-        assert batch.continues.tolist() == [step % steps > 0] * ROWS
+        starts = batch.document_starts
+        assert starts is not None and starts.dtype == torch.bool
+        if packing == "concatenate":
+            assert starts[:, 0].tolist() == [step % steps == 0] * ROWS and not starts[:, 1:].any()
+        else:
+            assert starts[:, 0].all() or step % steps > 0
 
 
 def test_epochs_read_the_same_numbers_once_each_and_drop_the_rest(prepared: Path, tmp_path: Path) -> None:
-    dataset, plain = (open_tokens(prepared, tmp_path, carry=carry) for carry in (True, False))
-    total, steps = dataset.sequences_total, dataset.sequences_total // ROWS
-    assert plain.sequences_total == total
+    carrying, plain = (open_tokens(prepared, tmp_path, carry=carry) for carry in (True, False))
+    stream, total = carrying.sources["data"], plain.sources["data"].sequences
+    steps = total // ROWS
+    assert stream.sequences == steps * ROWS
     for epoch in range(3):
-        numbers = [n for step in range(steps) for n in dataset.indices(epoch * steps + step, ROWS)]
-        assert sorted(numbers) == list(range(epoch * total, epoch * total + ROWS * steps))
-    assert dataset.indices(steps + 1, ROWS) == [total + row * steps + 1 for row in range(ROWS)]
-    assert dataset.dropped_tokens - plain.dropped_tokens == (total - ROWS * steps) * LENGTH > 0
+        places = [stream._place(epoch * steps * ROWS + n) for n in range(steps * ROWS)]
+        assert sorted(places) == [(epoch, n) for n in range(steps * ROWS)]
+    assert [stream._place(ROWS * (steps + 1) + row) for row in range(ROWS)] == [
+        (1, row * steps + 1) for row in range(ROWS)
+    ]
+    assert carrying.dropped_tokens - plain.dropped_tokens == (total - ROWS * steps) * LENGTH > 0
 
 
 def test_without_carry_and_in_validation_nothing_continues(prepared: Path, tmp_path: Path) -> None:
     config = run_config(prepared, tmp_path)
-    assert next(loader(open_dataset(config), make_plan(config, world_size=1)))[0].continues is None
+    assert next(loader(open_dataset(config), make_plan(config, world_size=1)))[0].document_starts is None
     one, other = (
         open_tokens(prepared, tmp_path, "validation", carry=carry, packing="isolate") for carry in (False, True)
     )
-    assert one.indices(3, ROWS) == other.indices(3, ROWS)
     for number in range(one.sequences_total):
         sample, same = one.sequence(number), other.sequence(number)
-        assert sample.continues is None and same.continues is None
         assert sample.document_starts is not None and same.document_starts is not None
         assert torch.equal(sample.tokens, same.tokens)
         assert torch.equal(sample.document_starts, same.document_starts)
+    carrying = run_config(prepared, tmp_path, carry=True)
+    assert open_dataset(carrying, carried=False).sequence(0).document_starts is None
 
 
 def test_fewer_sequences_than_rows_are_refused(prepared: Path, tmp_path: Path) -> None:
     stream = sum(len(text) + 1 for text in texts_of(prepared, "train"))
     length = (stream - 1) // ROWS
     dataset = open_tokens(prepared, tmp_path, length=length, carry=True)
-    assert dataset.indices(5, ROWS) == list(range(40, 48))  # one sequence for each row: every step is an epoch
-    assert dataset.sequence(41).continues is False
+    starts = dataset.sequence(41).document_starts  # one sequence for each row: every step is an epoch
+    assert starts is not None and starts.tolist() == [True] + [False] * (length - 1)
     with pytest.raises(DataError, match=r"has 7 sequences.*at least one for each of the 8 rows.*to at most 7 or"):
         open_tokens(prepared, tmp_path, length=length + 1, carry=True)
 
 
-def test_pinning_keeps_what_continues(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # there may be no GPU
-    tokens = torch.zeros(2, 4, dtype=torch.long)
-    assert Batch(tokens, tokens, None, []).pin_memory().continues is None
-    pinned = Batch(tokens, tokens, None, [3, 4], torch.tensor([True, False])).pin_memory()
-    assert pinned.continues is not None and pinned.continues.tolist() == [True, False]
+def test_a_row_reads_one_source_from_its_first_step_to_its_last(sources: dict[str, Path], tmp_path: Path) -> None:
+    config = mixed_config(sources, tmp_path, None, carry=True, batch=10, micro=10, steps=12, shuffle=False)
+    dataset = open_dataset(config)
+    assert isinstance(dataset, TokenDataset)
+    names = [[dataset.place(step * 10 + row)[0].name for row in range(10)] for step in range(12)]
+    assert names == [names[0]] * 12 and {n: names[0].count(n) for n in sources} == {"web": 4, "code": 2, "books": 4}
+    read = [step[0] for step in loader(dataset, make_plan(config, world_size=1))]
+    for row, name in enumerate(names[0]):
+        steps = dataset.sources[name].sequences // names[0].count(name)
+        for step in range(min(steps, 12) - 1):  # the last label is the first token of the next batch
+            assert read[step].labels[row, -1] == read[step + 1].tokens[row, 0]
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 0), (5, 2)])
+def test_rows_of_several_sources_do_not_depend_on_ranks(
+    sources: dict[str, Path], tmp_path: Path, ranks: int, workers: int
+) -> None:
+    config = mixed_config(sources, tmp_path, None, carry=True, batch=10, micro=1, workers=workers)
+    one = mixed_config(sources, tmp_path, None, carry=True, batch=10, micro=5)
+    assert global_batches(config, ranks, 7) == global_batches(one, 1)[7:]

@@ -1,4 +1,5 @@
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,9 @@ import pytest
 import torch
 
 from data_prep.write import split_of
-from tests.data.corpus import END, run_config
+from data_prep.__main__ import main
+from tests.data.corpus import END, LATER, WEIGHTS, mixed_config, run_config
+from tests.data_prep.test_tokenizer import bpe_file
 from titans_train.data import DataError, TokenDataset, open_dataset
 
 IGNORED = -100
@@ -82,10 +85,92 @@ def test_epochs_follow_each_other_in_different_orders_with_the_same_tokens(prepa
     assert torch.equal(dataset.sequence(0).tokens, first[0])  # back across the border
 
 
-def test_global_batches_are_consecutive_numbers_whatever_the_epoch(prepared: Path, tmp_path: Path) -> None:
-    dataset = open_tokens(prepared, tmp_path)
-    assert [n for step in range(3) for n in dataset.indices(step, 8)] == list(range(24))
-    assert dataset.indices(1000, 8) == list(range(8000, 8008))
+def test_sources_are_mixed_by_weight_and_the_weights_change_at_their_step(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    dataset = open_dataset(mixed_config(sources, tmp_path, change=9))
+    assert isinstance(dataset, TokenDataset)
+    names = [dataset.place(number)[0].name for number in range(400)]
+    for number in range(400):
+        for name in sources:
+            if number <= 72:
+                assert abs(names[:number].count(name) - WEIGHTS[name] * number) < 1
+            else:
+                assert abs(names[72:number].count(name) - LATER[name] * (number - 72)) < 1
+    for number in (0, 1, 71, 72, 73, 399):
+        figures = dataset.figures(number)
+        assert {n: figures[f"data_{n}"]["sequences"] for n in sources} == {n: names[:number].count(n) for n in sources}
+
+
+def test_epochs_and_repeats_are_counted_per_source(sources: dict[str, Path], tmp_path: Path) -> None:
+    dataset = open_dataset(mixed_config(sources, tmp_path, change=None))
+    assert isinstance(dataset, TokenDataset)
+    first = dataset.sequences_total  # books is the source that is read first
+    books = dataset.sources["books"].sequences
+    assert dataset.figures(first)["data_books"] | {"share": 0} == {
+        "sequences": books, "share": 0, "epoch": 1.0, "repeats": 0
+    }  # fmt: skip
+    later = next(n for n in range(first, first + 50) if dataset.place(n)[0].name == "books") + 1
+    assert dataset.figures(later)["data_books"]["repeats"] == 1
+    assert dataset.figures(later)["data_web"]["repeats"] == 0
+    again, place = dataset.place(later - 1)
+    assert (again.name, place) == ("books", books)
+
+
+def test_a_source_of_the_mixture_reads_what_it_reads_alone_in_its_order(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    dataset = open_dataset(mixed_config(sources, tmp_path, change=None))
+    assert isinstance(dataset, TokenDataset)
+    places = [dataset.place(number) for number in range(200)]
+    for name, stream in dataset.sources.items():
+        assert [place for found, place in places if found is stream] == list(range(sum(s is stream for s, _ in places)))
+        epoch = torch.stack([stream.sequence(place).tokens for place in range(stream.sequences)])
+        assert len({row.numpy().tobytes() for row in epoch}) == stream.sequences, name
+
+
+def test_validation_mixes_with_the_first_weights(sources: dict[str, Path], tmp_path: Path) -> None:
+    dataset = open_dataset(mixed_config(sources, tmp_path, length=64), "validation")
+    assert isinstance(dataset, TokenDataset) and dataset.weights == ((0, WEIGHTS),)
+    names = [dataset.place(number)[0].name for number in range(dataset.sequences_total)]
+    assert all(abs(names.count(n) - WEIGHTS[n] * len(names)) < 1 for n in sources)
+    assert dataset.bytes_per_token == pytest.approx(
+        sum(WEIGHTS[n] * dataset.sources[n].bytes_per_token for n in sources)
+    )
+
+
+def test_sources_of_different_tokenizers_are_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    path = bpe_file(tmp_path)
+    options = ["--tokenizer", str(path), "--validation-share", "0.2"]
+    assert (
+        main(["--input", str(sources["web"].parent / "texts" / "web"), "--output", str(tmp_path / "b"), *options]) == 0
+    )
+    with pytest.raises(DataError, match=r"data\.sources\.code was prepared with the huggingface tokenizer \w+, data"):
+        open_dataset(mixed_config({**sources, "code": tmp_path / "b"}, tmp_path, vocabulary=5000))
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "isolate"])
+@pytest.mark.parametrize("carry", [False, True])
+def test_a_part_of_a_sequence_is_that_part_of_the_whole(
+    prepared: Path, tmp_path: Path, packing: str, carry: bool
+) -> None:
+    dataset = open_tokens(prepared, tmp_path, packing=packing, carry=carry, alignment=16)
+    for number in range(40):
+        whole = dataset.sequence(number)
+        for begin, end in [(0, 64), (64, 128), (32, 48), (112, 128)]:
+            part = dataset.sequence(number, begin, end)
+            for name in ("tokens", "labels", "document_starts"):
+                found, expected = getattr(part, name), getattr(whole, name)
+                assert (found is None) == (expected is None)
+                assert found is None or torch.equal(found, expected[begin:end]), (number, begin, name)
+
+
+def test_a_part_reads_no_shard_that_it_does_not_need(prepared: Path, tmp_path: Path) -> None:
+    """Ranks that share a sequence decompress only the shards that hold their own part."""
+    folder = Path(shutil.copytree(prepared, tmp_path / "copy"))  # no shard of it is open in this process
+    dataset = open_tokens(folder, tmp_path, shuffle=False, length=6400)
+    dataset.sequence(0, 0, 100)
+    assert len(list(tmp_path.glob("test/cache/**/shard.*.mds"))) == 1
 
 
 def test_another_seed_gives_another_order(prepared: Path, tmp_path: Path) -> None:

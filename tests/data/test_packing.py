@@ -16,7 +16,7 @@ def test_concatenated_windows_are_the_joined_stream_and_overlap_by_the_label() -
     sequences, dropped = layout.count(LENGTHS)
     assert (sequences, dropped) == ((len(stream) - 1) // 50, (len(stream) - 1) % 50)
     for index in range(sequences):
-        pieces = packing.pieces(index)
+        pieces = packing.pieces(index, 0, layout.length)
         window = np.concatenate([DOCUMENTS[p.document][p.begin : p.end] for p in pieces])
         assert window.tolist() == stream[index * 50 : index * 50 + 51].tolist()
 
@@ -37,7 +37,7 @@ def test_isolated_documents_start_at_the_alignment_and_lose_no_token(alignment: 
     read = []
     for index in range(sequences):
         free = 0
-        for piece in packing.pieces(index):
+        for piece in packing.pieces(index, 0, layout.length):
             assert piece.position % alignment == 0 and piece.position >= free and piece.end > piece.begin
             assert piece.begin == seen[piece.document]  # goes on where the sequence before stopped
             seen[piece.document] = piece.end
@@ -47,6 +47,25 @@ def test_isolated_documents_start_at_the_alignment_and_lose_no_token(alignment: 
     assert list(dict.fromkeys(read)) == ORDER[: len(dict.fromkeys(read))].tolist()
     unread = sum(int(n) - seen[d] for d, n in enumerate(LENGTHS))
     assert unread <= dropped
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_parts_of_a_sequence_are_what_the_whole_holds_there(isolate: bool) -> None:
+    layout = Layout(length=64, isolate=isolate, alignment=16 if isolate else 1)
+    packing, label = EpochPacking(layout, LENGTHS, ORDER), 0 if isolate else 1
+
+    def filled(index: int, begin: int, end: int) -> list[tuple[int, int] | None]:
+        """(document, token) at each position; None: padding."""
+        found: list[tuple[int, int] | None] = [None] * (end - begin + label)
+        for piece in packing.pieces(index, begin, end):
+            for token in range(piece.begin, piece.end):
+                found[piece.position + token - piece.begin] = (piece.document, token)
+        return found
+
+    for index in range(layout.count(LENGTHS)[0]):
+        whole = filled(index, 0, 64)
+        for begin, end in [(0, 16), (16, 32), (16, 64), (32, 48), (48, 64)]:
+            assert filled(index, begin, end) == whole[begin : end + label]
 
 
 def test_a_length_that_no_alignment_divides_is_refused_with_both_numbers() -> None:

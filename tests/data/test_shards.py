@@ -1,34 +1,78 @@
-"""Whatever happens to a shard, the run ends with an error that names it, or reads the right tokens."""
+"""Whatever happens to a shard, reading ends with an error that names it, or gives the right tokens."""
 
 import os
+import pickle
+import re
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from data_prep.manifest import FILE_NAME
-from tests.data.corpus import run_config
-from titans_train.data import DataError, open_dataset
+from data_prep.manifest import FILE_NAME, describe_file
+from tests.data.folders import (
+    copy_of,
+    flip,
+    many_shards,
+    merged,
+    open_store,
+    read_all,
+    read_manifest,
+    texts_by_name,
+    with_entry,
+    write_manifest,
+)
+from titans_train.data.errors import DataError
+from titans_train.data.opened import LARGEST
 
 RAW, COMPRESSED = "shard.00001.mds", "shard.00001.mds.zstd"
 
 
-def read_all(path: Path, runs: Path) -> list[list[int]]:
-    dataset = open_dataset(run_config(path, runs, shuffle=False))
-    return [dataset.sequence(number).tokens.tolist() for number in range(dataset.sequences_total)]
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_documents_are_the_texts_that_were_prepared(
+    prepared: Path, prepared_raw: Path, tmp_path: Path, split: str
+) -> None:
+    for folder in (prepared, prepared_raw):
+        store = open_store(folder, tmp_path, split)
+        expected = texts_by_name(store, folder.parent)
+        assert read_all(store) == expected
+        assert store.lengths().tolist() == [len(text) for text in expected]
+        assert store.documents == len(expected) == int(store.documents_per_shard.sum()) > 10
+        assert store.tokens_total == sum(map(len, expected)) == store.text_bytes + store.documents
+        assert store.sources == ("text",)
 
 
-def copy_of(prepared: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(prepared, tmp_path / "damaged"))
+def test_a_piece_of_a_document_is_that_piece(prepared: Path, tmp_path: Path) -> None:
+    store = open_store(prepared, tmp_path)
+    for number, text in enumerate(texts_by_name(store, prepared.parent)):
+        for begin, end in ((0, 1), (len(text) - 1, len(text)), (len(text) // 3, len(text) // 2 + 1)):
+            assert store.tokens(number, begin, end).tolist() == text[begin:end]
+    for begin, end in ((-1, 1), (0, 0), (3, 2), (0, len(text) + 1)):
+        with pytest.raises(DataError, match=rf"shard train/text/shard.*tokens {begin} to {end} of {len(text)}"):
+            store.tokens(number, begin, end)
+    with pytest.raises(DataError, match=rf"document {store.documents} of .*, which has {store.documents}"):
+        store.tokens(store.documents, 0, 1)
 
 
-def flip(path: Path, place: float, bit: int = 0) -> None:
-    """Flip one bit: at a byte offset (int; negative from the end) or a share of the file (float)."""
-    data = bytearray(path.read_bytes())
-    offset = int(place * len(data)) if isinstance(place, float) else place
-    data[offset] ^= 1 << bit
-    path.write_bytes(data)
+def test_sources_follow_each_other_in_sorted_order(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = merged(sources, tmp_path / "merged")
+    store = open_store(folder, tmp_path)
+    assert store.sources == ("books", "code", "web")
+    single = {name: open_store(path, tmp_path) for name, path in sources.items()}
+    assert read_all(store) == [text for name in store.sources for text in read_all(single[name])]
+    chosen = open_store(folder, tmp_path, source="code")
+    assert chosen.sources == ("code",) and read_all(chosen) == read_all(single["code"])
+    assert store.documents_per_shard.tolist() == [
+        count for name in store.sources for count in single[name].documents_per_shard.tolist()
+    ]
+    assert store.tokens_total == sum(one.tokens_total for one in single.values())
+    prints = {store.fingerprint, *(open_store(folder, tmp_path, source=name).fingerprint for name in store.sources)}
+    assert len(prints) == 4
+    with pytest.raises(DataError, match=r"no source 'wiki'; it has books, code, web"):
+        open_store(folder, tmp_path, source="wiki")
 
 
 # The number of samples, the table of offsets, the format description, sample headers, tokens, the last byte.
@@ -38,7 +82,7 @@ def test_a_flipped_bit_in_a_raw_shard_is_caught(prepared_raw: Path, tmp_path: Pa
     folder = copy_of(prepared_raw, tmp_path)
     flip(folder / "train" / "text" / RAW, place, bit)
     with pytest.raises(DataError, match=rf"{RAW} is damaged: xxh64 \w+, expected \w+; copy the file again"):
-        read_all(folder, tmp_path)
+        read_all(open_store(folder, tmp_path))
 
 
 # The magic number, the frame header, blocks, the last byte.
@@ -48,7 +92,7 @@ def test_a_flipped_bit_in_a_compressed_shard_is_caught(prepared: Path, tmp_path:
     folder = copy_of(prepared, tmp_path)
     flip(folder / "train" / "text" / COMPRESSED, place, bit)
     with pytest.raises(DataError, match=rf"{COMPRESSED} is damaged: xxh64 \w+, expected \w+; copy the file again"):
-        read_all(folder, tmp_path)
+        read_all(open_store(folder, tmp_path))
 
 
 DAMAGE: dict[str, tuple[Callable[[Path, Path], object], str]] = {
@@ -71,66 +115,75 @@ def test_a_shard_cut_lost_or_replaced_is_caught(
     do, message = DAMAGE[damage]
     do(shard, shard.with_name(name.replace("1", "2")))
     with pytest.raises(DataError, match=rf"{name} {message}"):
-        read_all(folder, tmp_path)
+        read_all(open_store(folder, tmp_path))
 
 
 @pytest.mark.parametrize("name", [RAW, COMPRESSED])
 def test_two_swapped_shards_are_caught(prepared: Path, prepared_raw: Path, tmp_path: Path, name: str) -> None:
     folder = copy_of(prepared_raw if name == RAW else prepared, tmp_path)
-    one, other = folder / "train" / "text" / name, folder / "train" / name.replace("1", "2")
+    one, other = (folder / "train" / "text" / each for each in (name, name.replace("1", "2")))
     os.rename(one, folder / "aside")
     os.rename(other, one)
     os.rename(folder / "aside", other)
     with pytest.raises(DataError, match=r"shard\.0000[12]\.mds.*(expected|damaged)"):
-        read_all(folder, tmp_path)
+        read_all(open_store(folder, tmp_path))
+
+
+def test_missing_shards_are_refused_at_once(prepared: Path, tmp_path: Path) -> None:
+    folder = copy_of(prepared, tmp_path)
+    for number in (1, 3):
+        (folder / "train" / "text" / f"shard.0000{number}.mds.zstd").unlink()
+    with pytest.raises(DataError, match=rf"{COMPRESSED} and 1 more shards is missing; copy the file again"):
+        open_store(folder, tmp_path)
 
 
 def test_a_shard_damaged_after_it_was_checked_is_caught_by_the_next_run(prepared_raw: Path, tmp_path: Path) -> None:
     folder = copy_of(prepared_raw, tmp_path)
-    read_all(folder, tmp_path)
+    time.sleep(0.2)  # a file that has just been written is not remembered
+    reading = open_store(folder, tmp_path)
+    read_all(reading)
+    assert len(list((tmp_path / "cache").glob("*/*/train/text/shard*.checked"))) > 4
     shard = folder / "train" / "text" / RAW
     before = shard.stat()
     flip(shard, 0.5)
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # size and modification time tell nothing
-    with pytest.raises(DataError, match=f"{RAW} is damaged"):
-        read_all(folder, tmp_path)
+    fresh = open_store(folder, tmp_path / ".." / tmp_path.name)  # as of another process: no file is open yet
+    for store in (reading, fresh):
+        with pytest.raises(DataError, match=f"{RAW} is damaged"):
+            read_all(store)
 
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_damaged_copy_in_the_cache_is_made_anew(prepared: Path, tmp_path: Path, cut: bool) -> None:
-    expected = read_all(prepared, tmp_path)
-    (cached,) = tmp_path.glob(f"test/cache/*/train/text/{RAW}")
+    expected = read_all(open_store(prepared, tmp_path))
+    (cached,) = tmp_path.glob(f"cache/*/*/train/text/{RAW}")
     os.truncate(cached, 100) if cut else flip(cached, 0.5)
-    assert read_all(prepared, tmp_path) == expected
+    assert read_all(open_store(prepared, tmp_path)) == expected
 
 
-def test_a_shard_cut_while_the_run_reads_it_is_caught(prepared_raw: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_shard_damaged_while_it_is_read_is_caught(prepared_raw: Path, tmp_path: Path, cut: bool) -> None:
     folder = copy_of(prepared_raw, tmp_path)
-    dataset = open_dataset(run_config(folder, tmp_path, shuffle=False))
-    dataset.sequence(0)
-    os.truncate(folder / "train" / "text" / "shard.00000.mds", 5000)
-    with pytest.raises(DataError, match=r"shard train/text/shard\.00000\.mds"):
-        for number in range(dataset.sequences_total):
-            dataset.sequence(number)
-
-
-def test_compressed_and_raw_shards_hold_the_same_tokens(prepared: Path, prepared_raw: Path, tmp_path: Path) -> None:
-    assert read_all(prepared, tmp_path) == read_all(prepared_raw, tmp_path)
-    assert len(list((prepared / "train" / "text").glob("shard.*.zstd"))) > 4
+    store = open_store(folder, tmp_path)
+    store.tokens(0, 0, 1)
+    shard = folder / "train" / "text" / "shard.00000.mds"
+    os.truncate(shard, 5000) if cut else flip(shard, 0.9)
+    with pytest.raises(DataError, match=r"train/text/shard\.00000\.mds (has 5000 bytes|is damaged)"):
+        store.tokens(0, 0, 1)
 
 
 def test_a_checked_shard_is_not_hashed_again(prepared: Path, tmp_path: Path) -> None:
-    read_all(prepared, tmp_path)
-    markers = {path: path.stat().st_mtime_ns for path in tmp_path.glob("test/cache/*/train/text/*.checked")}
+    read_all(open_store(prepared, tmp_path))
+    markers = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/*/*/train/text/*.checked")}
     assert len(markers) > 5
-    read_all(prepared, tmp_path)
+    read_all(open_store(prepared, tmp_path))
     assert {path: path.stat().st_mtime_ns for path in markers} == markers
 
 
 def test_the_prepared_folder_is_left_as_it_was(prepared: Path, prepared_raw: Path, tmp_path: Path) -> None:
     for folder in (prepared, prepared_raw):
         before = sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*"))
-        read_all(folder, tmp_path)
+        read_all(open_store(folder, tmp_path))
         assert sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
 
 
@@ -138,11 +191,38 @@ def test_damaged_document_lengths_are_caught(prepared: Path, tmp_path: Path) -> 
     folder = copy_of(prepared, tmp_path)
     flip(folder / "train" / "text" / "lengths.npy", -8)
     with pytest.raises(DataError, match=r"lengths\.npy is damaged"):
-        read_all(folder, tmp_path)
+        open_store(folder, tmp_path).lengths()
+
+
+def test_lengths_that_are_not_those_of_the_shards_are_caught(prepared: Path, tmp_path: Path) -> None:
+    """A folder whose every file is as its manifest says, and that is wrong all the same."""
+    folder = copy_of(prepared, tmp_path)
+    path, manifest = folder / "train" / "text" / "lengths.npy", read_manifest(folder)
+    lengths = np.load(path)
+    np.save(path, lengths[[1, 0, *range(2, len(lengths))]])
+    write_manifest(folder, with_entry(manifest, replace(manifest.splits["train"]["text"], lengths=describe_file(path))))
+    with pytest.raises(
+        DataError, match=rf"train/text/shard.00000.mds, document 0: expected {lengths[1]} tokens, found {lengths[0]};"
+    ):
+        open_store(folder, tmp_path).tokens(0, 0, 1)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"vocabulary": 256}, r"shard train/text/shard\.\d+\.mds, document \d+: token 256, expected below 256"),
+    ({"end_of_document": 7}, r"shard train/text/shard\.\d+\.mds, document 0: its last token is 256, expected 7"),
+])  # fmt: skip
+def test_tokens_that_the_tokenizer_cannot_give_are_caught(
+    prepared: Path, tmp_path: Path, change: dict[str, int], message: str
+) -> None:
+    folder = copy_of(prepared, tmp_path)
+    manifest = read_manifest(folder)
+    write_manifest(folder, replace(manifest, tokenizer=replace(manifest.tokenizer, **change)))
+    with pytest.raises(DataError, match=message):
+        read_all(open_store(folder, tmp_path))
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
-    ('"documents": ', '"documents": 1', "the shards of train/text hold"),
+    ('\n    "tokens": ', '\n    "tokens": 1', "the shards of train/text hold"),
     ('"version": 2', '"version": 3', "manifest version 3, this code reads 2"),
     ("{", "", "not a complete manifest"),
 ])  # fmt: skip
@@ -151,4 +231,39 @@ def test_a_damaged_manifest_is_caught(prepared: Path, tmp_path: Path, old: str, 
     manifest = folder / FILE_NAME
     manifest.write_text(manifest.read_text().replace(old, new, 1))
     with pytest.raises(DataError, match=message):
-        read_all(folder, tmp_path)
+        open_store(folder, tmp_path)
+
+
+def test_a_folder_that_was_not_prepared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"manifest\.json.*set data\.path to a folder made by python -m data_prep"):
+        open_store(tmp_path / "nothing", tmp_path)
+
+
+def test_a_store_sent_to_another_process_takes_no_lengths_along(prepared: Path, tmp_path: Path) -> None:
+    store = open_store(prepared, tmp_path)
+    expected = read_all(store)
+    content = pickle.dumps(store)
+    assert len(content) < 8000 and read_all(pickle.loads(content)) == expected
+
+
+def test_a_thousand_shards_open_fast_with_few_descriptors(prepared_raw: Path, tmp_path: Path) -> None:
+    folder = many_shards(prepared_raw, tmp_path / "many", 1000)
+    started = time.monotonic()
+    store = open_store(folder, tmp_path)
+    store.lengths()
+    assert time.monotonic() - started < 1
+    first = np.cumsum(store.documents_per_shard) - store.documents_per_shard
+    for document in first[:150].tolist():
+        store.tokens(document, 0, 1)
+    assert len(list(Path("/proc/self/fd").iterdir())) < LARGEST + 60
+    shards = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert sum(re.search(r"shard\.\d+\.mds$", name) is not None for name in shards) <= LARGEST
+
+
+def test_what_the_cache_must_hold_is_known(prepared: Path, prepared_raw: Path, tmp_path: Path) -> None:
+    store = open_store(prepared, tmp_path)
+    entries = read_manifest(prepared).splits["train"]["text"].shards
+    sizes = sorted(entry.raw.bytes + entry.stored.bytes for entry in entries)
+    assert store.largest_shards(2) == sizes[-1] + sizes[-2]
+    assert store.largest_shards(1000) == sum(sizes)
+    assert open_store(prepared_raw, tmp_path).largest_shards(5) == 0  # read in place

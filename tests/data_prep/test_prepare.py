@@ -1,10 +1,11 @@
+"""Promises of data_prep: what is written, what is refused, what a second run does."""
+
+from __future__ import annotations
+
 import json
 import random
-import resource
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,15 @@ from tokenizers import models, pre_tokenizers
 
 from data_prep.__main__ import main, parse_size
 from data_prep.errors import PrepareError
-from data_prep.manifest import FILE_NAME, Manifest
+from data_prep.manifest import FILE_NAME
+from data_prep.settings import split_of
 from data_prep.tokenizer import load_prepared_tokenizer
-from data_prep.write import check_free_space, estimate_bytes, split_of
+from tests.data_prep import runs
+from tests.data_prep.runs import content, documents_of, manifest_of
 from tests.data_prep.test_tokenizer import bpe_file
-from titans_train.data.shim import import_streaming
 
 OPTIONS = ("--validation-share", "0.25", "--shard-size", "4kb")
+UNLISTED = {FILE_NAME, "report.md", "report.png", "rejected.jsonl"}
 
 
 @pytest.fixture
@@ -37,25 +40,6 @@ def texts(tmp_path: Path) -> Path:
 
 def prepare(texts: Path, output: Path, *more: str) -> int:
     return main(["--input", str(texts), "--output", str(output), *OPTIONS, *more])
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def manifest_of(folder: Path) -> Manifest:
-    return Manifest.from_text((folder / FILE_NAME).read_text(), str(folder))
-
-
-def documents_of(folder: Path, split: str, dtype: str = "<u2") -> dict[str, list[int]]:
-    """What streaming itself reads from a split (it wants compressed shards decompressed beside its index)."""
-    with tempfile.TemporaryDirectory() as copy:
-        shutil.copytree(folder / split, copy, dirs_exist_ok=True)
-        for path in Path(copy).glob("*.zstd"):
-            decompress = import_streaming("streaming.base.compression").decompress
-            path.with_suffix("").write_bytes(decompress("zstd:7", path.read_bytes()))
-        dataset = import_streaming("streaming").LocalDataset(local=copy)
-        return {sample["name"]: np.frombuffer(sample["tokens"], dtype).tolist() for sample in dataset}
 
 
 def test_every_document_lands_whole_in_the_split_its_text_decides(texts: Path, tmp_path: Path) -> None:
@@ -73,22 +57,27 @@ def test_the_manifest_states_every_file_with_its_size_and_hash(texts: Path, tmp_
     manifest = manifest_of(tmp_path / "out")
     files = content(tmp_path / "out")
     stated = {name: (entry.bytes, entry.xxh64) for name, entry in manifest.files()}
-    del files[FILE_NAME]
+    files = {name: data for name, data in files.items() if name not in UNLISTED}
     assert stated == {name: (len(data), xxhash.xxh64(data).hexdigest()) for name, data in files.items()}
-    for name, split in manifest.splits.items():
+    for name, split in ((name, split["text"]) for name, split in manifest.splits.items()):
         tokens = list(documents_of(tmp_path / "out", name).values())
-        assert np.load(tmp_path / "out" / name / "lengths.npy").tolist() == [len(document) for document in tokens]
+        assert np.load(tmp_path / "out" / name / "text" / "lengths.npy").tolist() == [len(document) for document in tokens]
         assert split.documents == len(tokens) and split.tokens == sum(len(document) for document in tokens)
         assert split.text_bytes == split.tokens - split.documents
         assert [shard.documents for shard in split.shards] == [
-            shard["samples"] for shard in json.loads(files[f"{name}/index.json"])["shards"]
+            shard["samples"] for shard in json.loads(files[f"{name}/text/index.json"])["shards"]
         ]
-    assert len(manifest.splits["train"].shards) > 2
+    assert len(manifest.splits["train"]["text"].shards) > 2
 
 
-def test_the_same_input_gives_the_same_bytes(texts: Path, tmp_path: Path) -> None:
-    assert prepare(texts, tmp_path / "one") == prepare(texts, tmp_path / "two") == 0
-    assert content(tmp_path / "one") == content(tmp_path / "two")
+def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+    texts = runs.write_corpus(tmp_path / "texts")
+    assert runs.prepare(texts, tmp_path / "one") == 0
+    process = runs.start(texts, tmp_path / "three", "--workers", "3", "--quiet")
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and error == "" and output.startswith("prepared ")
+    assert runs.alive(process.pid) == []
+    assert content(tmp_path / "one") == content(tmp_path / "three")
 
 
 def test_more_documents_move_no_document_to_another_split(texts: Path, tmp_path: Path) -> None:
@@ -127,34 +116,12 @@ def test_a_prepared_folder_that_lost_a_shard_is_not_called_prepared(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert prepare(texts, tmp_path / "out") == 0
-    (tmp_path / "out" / "train" / "shard.00000.mds.zstd").unlink()
+    (tmp_path / "out" / "train" / "text" / "shard.00000.mds.zstd").unlink()
     assert prepare(texts, tmp_path / "out") == 2
     assert "shard.00000.mds.zstd is missing; remove the folder" in capsys.readouterr().err
 
 
-def test_a_failure_on_the_way_leaves_nothing_behind(
-    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (texts / "99.txt").write_bytes(b"caf\xe9")
-    assert prepare(texts, tmp_path / "out") == 2
-    assert "99.txt is not UTF-8" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
-
-
-def test_a_write_that_fails_leaves_nothing_behind(texts: Path, tmp_path: Path) -> None:
-    """As on a full disk: here no file may grow beyond one kilobyte."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
-
-    command = [sys.executable, "-B", "-m", "data_prep", "--input", str(texts), "--output", str(tmp_path / "out")]
-    done = subprocess.run([*command, *OPTIONS], preexec_fn=limit, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "nothing was kept. Free space" in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
-
-
-def test_what_a_killed_run_left_is_removed(texts: Path, tmp_path: Path) -> None:
+def test_what_an_older_version_left_is_removed(texts: Path, tmp_path: Path) -> None:
     (tmp_path / ".out.partial" / "train").mkdir(parents=True)
     (tmp_path / ".out.partial" / "train" / "shard.00000.mds").write_text("half")
     assert prepare(texts, tmp_path / "out") == prepare(texts, tmp_path / "other") == 0
@@ -183,33 +150,14 @@ def test_too_few_documents_for_the_split_are_refused(tmp_path: Path, capsys: pyt
     assert "too few documents for the split: of 1 documents" in capsys.readouterr().err
 
 
-def test_a_disk_without_room_is_refused_before_writing(tmp_path: Path) -> None:
-    with pytest.raises(
-        PrepareError, match=r"MB free, preparing may need 1,000,\d{3},\d{3},\d{3} MB; free space or name"
-    ):
-        check_free_space(tmp_path, 10**18)
-    check_free_space(tmp_path, 1)
-
-
-def test_the_estimate_is_enough_even_for_noise(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    (tmp_path / "noise").mkdir()
-    for number in range(8):
-        noise = "".join(chr(rng.randrange(32, 0x800)) for _ in range(20_000))
-        (tmp_path / "noise" / f"{number}.txt").write_text(noise)
-    size = sum(path.stat().st_size for path in (tmp_path / "noise").iterdir())
-    for compression in ("zstd", "none"):
-        output = tmp_path / compression
-        assert prepare(tmp_path / "noise", output, "--shard-size", "16mb", "--compression", compression) == 0
-        written = sum(len(data) for data in content(output).values())
-        estimate = estimate_bytes(size, load_prepared_tokenizer(output), compression)
-        assert written <= estimate < 2 * written
-
-
 @pytest.mark.parametrize(("option", "value", "message"), [
     ("--validation-share", "1", "must be above 0 and below 1"),
     ("--shard-size", "100", "must be from 4096"),
     ("--seed", "-1", "must be from 0"),
+    ("--workers", "0", "must be 1 or more"),
+    ("--max-bytes", "0", "must be at least 1 byte"),
+    ("--max-bad-share", "2", "must be from 0 to 1"),
+    ("--max-document-size", "1gb", "must be from 1 to 268435456"),
 ])  # fmt: skip
 def test_an_impossible_option_is_refused_with_its_limits(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
@@ -250,7 +198,11 @@ def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path: Path) -> None:
         (tmp_path / "texts" / f"{number:02}.txt").write_text(f"w{69_000 + number} w1")
     assert prepare(tmp_path / "texts", tmp_path / "out", "--tokenizer", str(tmp_path / "words.json")) == 0
     assert manifest_of(tmp_path / "out").dtype == "uint32"
-    found = [tokens for s in ("train", "validation") for tokens in documents_of(tmp_path / "out", s, "<u4").values()]
+    found = [
+        tokens
+        for split in ("train", "validation")
+        for tokens in documents_of(tmp_path / "out", split, dtype="<u4").values()
+    ]
     assert sorted(found) == [[69_000 + number, 1, 70_000] for number in range(20)]
 
 
@@ -264,4 +216,4 @@ def test_the_default_corpus_is_prepared_by_one_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "vocabulary 257" in done.stdout and done.stderr == ""
     manifest = manifest_of(tmp_path / "out")
-    assert 500_000 < sum(split.text_bytes for split in manifest.splits.values()) <= 1 << 20
+    assert 500_000 < sum(split["text"].text_bytes for split in manifest.splits.values()) <= 1 << 20

@@ -1,121 +1,186 @@
 import json
 import os
-import subprocess
-import sys
+import pickle
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from data_prep.errors import PrepareError
-from data_prep.sources import Document, default_corpus, find_files
+from data_prep.sources import UNIT_FILES, SourceFile, Unit, default_corpus, find_files, make_units
+from tests.s3 import environment, s3_server, set_environment, upload
 
 
-def read(*paths: Path, text_field: str = "text") -> list[Document]:
-    return list(find_files([str(path) for path in paths], text_field).documents())
+def names(*inputs: Path | str) -> list[str]:
+    return [file.name for file in find_files([str(text) for text in inputs])[0]]
 
 
-def test_a_folder_gives_its_texts_in_sorted_order_and_counts_the_rest(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/z.md", "a/c.py", "image.png", ".hidden/x.txt", "empty.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("" if name.startswith("empty") else f"text of {name}")
-    corpus = find_files([str(tmp_path)], "text")
-    top = tmp_path.name
-    names = [document.name for document in corpus.documents()]
-    assert names == [f"{top}/a/c.py", f"{top}/a/z.md", f"{top}/b.txt"]
-    assert corpus.skipped == {"unknown kind of file": 1, "empty document": 1}
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    result = tmp_path / "top"
+    for name in ("b.txt", "a/z.md", "a/c.py", "a/d/e.jsonl.zst", "image.png", ".hidden/x.txt", "a/.x.txt"):
+        (result / name).parent.mkdir(parents=True, exist_ok=True)
+        (result / name).write_text(name)
+    return result
 
 
-def test_a_file_named_twice_is_read_once(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("text")
-    assert len(read(tmp_path, tmp_path / "a.txt")) == 1
+ALL = ["top/a/c.py", "top/a/d/e.jsonl.zst", "top/a/z.md", "top/b.txt"]
 
 
-def test_each_line_of_jsonl_is_a_document(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join([json.dumps({"body": "one\ntwo"}), "", json.dumps({"body": "ä", "id": 2})]))
-    assert read(path, text_field="body") == [Document("a.jsonl:1", "one\ntwo"), Document("a.jsonl:3", "ä")]
+def test_a_folder_gives_its_texts_in_sorted_order_and_counts_the_rest(folder: Path) -> None:
+    files, left_out, _ = find_files([f"{folder}/"])
+    assert [file.name for file in files] == ALL and left_out == {"unknown kind of file": 1}
+    assert files[0].path == str(folder / "a/c.py") and files[0].bytes == 6
+    assert files[0].mtime_ns == (folder / "a/c.py").stat().st_mtime_ns
 
 
-def test_each_row_of_parquet_is_a_document(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": [f"row {n}" for n in range(600)], "id": list(range(600))}), path)
-    assert read(path) == [Document(f"a.parquet:{n}", f"row {n}") for n in range(600)]
+def test_a_path_may_be_relative(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert names(".") == ALL and names("b.txt") == ["b.txt"]
+    assert find_files(["b.txt"])[0][0].path == str(folder / "b.txt")
 
 
-def parquet(path: Path) -> None:
-    pq.write_table(pa.table({"body": ["x"]}), path)
+PATTERNS = {
+    "*.txt": ["top/b.txt"],
+    "**/*.md": ["top/a/z.md"],
+    "**/*.jsonl.zst": ["top/a/d/e.jsonl.zst"],
+    "a/*": ["a/c.py", "a/d/e.jsonl.zst", "a/z.md"],
+    "[ab]*": ALL,
+    "?/[cz].*": ["top/a/c.py", "top/a/z.md"],
+    "**": ALL,
+}
 
 
-BAD_FILES = {
-    "a text that is not UTF-8": (
-        "a.txt", b"caf\xe9", r"a\.txt is not UTF-8: byte 0xe9 at offset 3; convert it \(iconv",
-    ),  # fmt: skip
-    "a line that is not UTF-8": ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', r"a\.jsonl:2 is not UTF-8"),
-    "a broken line": ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a\.jsonl:2 is not JSON .*mend or remove the line"),
-    "a line that is no object": ("a.jsonl", b"[1]", r"a\.jsonl:1 holds a list, expected an object"),
-    "a missing field": (
-        "a.jsonl", b'{"body": "a"}', r"a\.jsonl:1: field 'text' is missing; fields: \['body'\].*--text-field",
-    ),  # fmt: skip
-    "a field of another type": ("a.jsonl", b'{"text": 3}', r"a\.jsonl:1: field 'text' is a int"),
-    "half a surrogate pair": ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1: field 'text' holds half a surrogate"),
-    "no Parquet": ("a.parquet", b"something else", r"a\.parquet is not a Parquet file"),
-    "an unknown kind": ("a.pdf", b"", r"a\.pdf: unknown kind of file; known: \.md \.py \.txt \.jsonl \.parquet"),
-}  # fmt: skip
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_names_files_and_folders(folder: Path, pattern: str) -> None:
+    assert names(f"{folder}/{pattern}") == PATTERNS[pattern]
 
 
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_a_file_that_cannot_be_read_is_refused_by_name_with_the_remedy(tmp_path: Path, case: str) -> None:
-    name, content, message = BAD_FILES[case]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(PrepareError, match=message):
-        read(tmp_path / name)
+def test_a_name_that_looks_like_a_pattern_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "[1].txt").write_text("text")
+    assert names(tmp_path / "[1].txt") == ["[1].txt"]
 
 
-def test_a_missing_parquet_column_is_refused_with_the_columns(tmp_path: Path) -> None:
-    parquet(tmp_path / "a.parquet")
-    with pytest.raises(PrepareError, match=r"a\.parquet: no column 'text'; columns: \['body'\]; use --text-field"):
-        read(tmp_path)
+def test_a_list_names_one_input_per_line(folder: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "files.list"
+    listed.write_text(f"# texts\n\n  {folder}/b.txt\n{folder}/a/*.py\n{folder}/a/d\n")
+    assert names(f"@{listed}") == ["a/c.py", "b.txt", "d/e.jsonl.zst"]
 
 
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path) -> None:
-    parquet(tmp_path / "a.parquet")
-    code = (
-        "import sys; sys.modules['pyarrow'] = None; from data_prep.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, "--input", str(tmp_path), "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "pip install pyarrow" in done.stderr
+def test_s3_is_searched_as_the_disk_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "list").write_text("s3://corpus/in/top/a/*.py\n")
+    with s3_server() as address:
+        set_environment(environment(address), monkeypatch)
+        url = upload(address, tmp_path, "in")
+        assert names(f"{url}/top") == names(f"{url}/top/") == ALL
+        for pattern, expected in PATTERNS.items():
+            assert names(f"{url}/top/{pattern}") == expected, pattern
+        assert names(f"@{url}/list") == ["a/c.py"]
+        files, left_out, _ = find_files([f"{url}/top", str(folder)])
+        assert [file.path for file in files[:2]] == [str(folder / "a/c.py"), f"{url}/top/a/c.py"]
+        assert len(files) == 2 * len(ALL) and left_out == {"unknown kind of file": 2}
+        with pytest.raises(PrepareError, match="the pattern matches no file"):
+            names(f"{url}/nowhere/*.txt")
 
 
-def test_an_input_that_does_not_exist_or_holds_no_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PrepareError, match="nowhere: no such file or folder"):
-        read(tmp_path / "nowhere")
-    with pytest.raises(PrepareError, match=r"no \.md .* file in .*; name a folder that holds text"):
-        read(tmp_path)
+def test_a_file_named_twice_counts_once(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    assert names(folder, folder / "b.txt", f"{folder}/*", tmp_path / "link") == ALL
+
+
+def test_files_of_one_name_from_two_inputs_both_count(tmp_path: Path) -> None:
+    for name in ("x/same/a.txt", "y/same/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    files = find_files([str(tmp_path / "y/same"), str(tmp_path / "x/same")])[0]
+    assert [(file.name, file.path) for file in files] == [
+        ("same/a.txt", str(tmp_path / "x/same/a.txt")),
+        ("same/a.txt", str(tmp_path / "y/same/a.txt")),
+    ]
+
+
+def test_inputs_that_cannot_be_meant_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.list").write_text("# nothing\n")
+    (tmp_path / "nested.list").write_text("@other\n")
+    (tmp_path / "missing.list").write_text(f"{folder}/nowhere.txt\n")
+    (tmp_path / "empty").mkdir()
+    refused = {
+        f"{tmp_path}/nowhere": "nowhere: no such file or folder; check the spelling",
+        f"{folder}/image.png": r"image\.png: unknown kind of file; known: \.md \.py \.txt .* \.parquet",
+        f"{folder}/*.parquet": "the pattern matches no file; check it",
+        f"@{tmp_path}/nowhere": "nowhere: no such file",
+        f"@{tmp_path}/empty.list": "the list is empty; write one path, URL or pattern per line",
+        f"@{tmp_path}/nested.list": "@other is a list inside a list",
+        f"@{tmp_path}/missing.list": "top/nowhere.txt: no such file",
+        f"{tmp_path}/empty": r"no \.md .* file in .*empty; name a folder that holds text",
+        "gs://bucket/x": "not a known address",
+    }
+    for text, message in refused.items():
+        with pytest.raises(PrepareError, match=message):
+            find_files([text])
 
 
 def test_the_fingerprint_changes_with_the_files(tmp_path: Path) -> None:
+    def fingerprint() -> str:
+        return find_files([str(tmp_path)])[2]
+
     path = tmp_path / "a.txt"
     path.write_text("one")
-    found = [find_files([str(tmp_path)], "text").fingerprint]
+    found = [fingerprint()]
     path.write_text("two!")
-    found.append(find_files([str(tmp_path)], "text").fingerprint)
+    found.append(fingerprint())
     os.utime(path, ns=(0, 0))
-    found.append(find_files([str(tmp_path)], "text").fingerprint)
-    (tmp_path / "b.txt").write_text("three")
-    found.append(find_files([str(tmp_path)], "text").fingerprint)
-    assert len(set(found)) == 4
-    assert find_files([str(tmp_path)], "text").fingerprint == found[-1]
+    found.append(fingerprint())
+    path.rename(tmp_path / "b.txt")
+    found.append(fingerprint())
+    assert len(set(found)) == 4 and fingerprint() == found[-1]
 
 
-def test_the_default_corpus_is_the_standard_library_up_to_max_bytes() -> None:
-    corpus = default_corpus(max_bytes=1_000_000)
-    documents = list(corpus.documents())
-    size = sum(len(document.text.encode()) for document in documents)
-    assert 500_000 < size <= 1_000_000 and corpus.skipped["the rest, beyond --max-bytes"] == 1
-    names = [file.name for file in corpus.files]
-    assert "os.py" in names and "json/decoder.py" in names
-    assert not [name for name in names if "site-packages" in name or "__pycache__" in name]
-    assert [document.name for document in default_corpus(1_000_000).documents()] == [d.name for d in documents]
+def test_the_default_corpus_is_the_standard_library() -> None:
+    files, left_out, fingerprint = default_corpus()
+    found = [file.name for file in files]
+    assert "os.py" in found and "json/decoder.py" in found and found == sorted(found) and left_out == {}
+    assert not [name for name in found if "site-packages" in name or "__pycache__" in name]
+    assert default_corpus() == (files, {}, fingerprint)
+
+
+def test_kind_and_compression_follow_from_the_name() -> None:
+    kinds = {name: SourceFile(f"/x/{name}", name, 0) for name in ("a.txt.gz", "a.json.gz", "a.jsonl.zst", "a.parquet")}
+    assert [(file.kind, file.compression) for file in kinds.values()] == [
+        ("text", "gzip"), ("lines", "gzip"), ("lines", "zstd"), ("parquet", None),
+    ]  # fmt: skip
+
+
+def covered(units: list[Unit]) -> list[tuple[list[str], int, int]]:
+    return [([file.name for file in unit.files], unit.begin, unit.end) for unit in units]
+
+
+def file(name: str, size: int) -> SourceFile:
+    return SourceFile(f"/x/{name}", name, size, 1)
+
+
+def test_large_files_are_cut_where_their_kind_allows_it_and_small_ones_are_grouped() -> None:
+    files = [file("a.txt", 30), file("b.jsonl", 70), file("c.txt", 1), file("d.jsonl", 250), file("e.txt", 250),
+             file("f.jsonl.gz", 250), file("g.parquet", 101), file("h.md", 0), file("i.py", 100)]  # fmt: skip
+    whole = [(["e.txt"], 0, 250), (["f.jsonl.gz"], 0, 250), (["g.parquet"], 0, 100), (["g.parquet"], 100, 101)]
+    first = [(["a.txt", "b.jsonl"], 0, 100), (["c.txt"], 0, 1)]
+    first += [(["d.jsonl"], 0, 100), (["d.jsonl"], 100, 200), (["d.jsonl"], 200, 250)]
+    assert covered(make_units(files, 100)) == [*first, *whole, (["h.md", "i.py"], 0, 100)]
+    separated = covered(make_units(files, 100, separator="<|end|>"))
+    assert separated[5:8] == [(["e.txt"], 0, 100), (["e.txt"], 100, 200), (["e.txt"], 200, 250)]
+    assert [unit.number for unit in make_units(files, 100)] == list(range(10))
+
+
+def test_a_unit_has_a_bounded_number_of_files() -> None:
+    units = make_units([file(f"{n:05}.txt", 1) for n in range(2 * UNIT_FILES + 1)])
+    assert [len(unit.files) for unit in units] == [UNIT_FILES, UNIT_FILES, 1]
+
+
+def test_units_can_be_sent_and_stored_and_their_keys_follow_what_they_cover() -> None:
+    files = [file("a.jsonl", 250), file("b.txt", 1)]
+    units = make_units(files, 100)
+    assert pickle.loads(pickle.dumps(units)) == units
+    assert [Unit.from_json(json.loads(json.dumps(unit.to_json()))) for unit in units] == units
+    changed = [SourceFile("/y/a.jsonl", "a.jsonl", 250, 1), SourceFile("/x/a.jsonl", "a.jsonl", 250, 2)]
+    keys = [unit.key() for other in (files[0], *changed) for unit in make_units([other, files[1]], 100)]
+    assert len(set(keys)) == 3 * 3 + 1  # the unit of b.txt stays
+    assert [unit.key() for unit in make_units(files, 100)] == keys[:4]

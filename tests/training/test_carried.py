@@ -12,7 +12,7 @@ from titans_train.models.tree import tensors_of
 from titans_train.parallel import Mesh
 from titans_train.placement import Placement
 from titans_train.plan_messages import carried_row_bytes
-from titans_train.training.carried import CarriedStates, with_starts
+from titans_train.training.carried import CarriedStates
 
 BLOCKS = ["transformer", "lmm", "mac", "mag", "mal"]
 
@@ -49,7 +49,8 @@ def test_a_row_that_does_not_go_on_starts_as_if_it_were_alone(block: str) -> Non
     carried, model = carried_and_model(block)
     tokens = torch.randint(0, 29, (2, 32))
     carried.after(0, model(tokens[:, :16], return_state=True).state)
-    starts = with_starts(None, torch.tensor([True, False]), tokens[:, 16:])
+    starts = torch.zeros(2, 16, dtype=torch.bool)
+    starts[1, 0] = True
     got = model(tokens[:, 16:], state=carried.before(0), document_starts=starts).logits
     assert (got[0] - model(tokens[:1]).logits[0, 16:]).abs().max() < 1e-12
     assert (got[1] - model(tokens[1:, 16:]).logits[0]).abs().max() < 1e-12

@@ -19,7 +19,7 @@ from titans_train.parallel.split import split_of
 from titans_train.plan import Plan, make_plan
 from titans_train.plan_messages import Messages, across, layer, step
 from titans_train.training.loop import build_engine, shard_settings
-from titans_train.training.step import train_step
+from titans_train.training.step import own_share, train_step
 
 WIDTH, LAYERS, LENGTH, MICRO, VOCABULARY = 256, 2, 256, 2, 2000
 
@@ -93,7 +93,8 @@ def peak(plan: Plan, mesh: Mesh) -> int:
         engine = build_engine(plan, mesh)
         for _ in range(2):
             memory.reset_peak()
-            train_step(engine, [one, one], 1e-3)
+            own = own_share(one, engine.model.parts)  # type: ignore[arg-type]
+            train_step(engine, [own, own], 1e-3)
     return memory.peak
 
 

@@ -91,17 +91,19 @@ def compare(block: str, stage: int, mesh: Any, layout: dict[str, Any], dtype: st
     """
     from titans_train.data import Batch
     from titans_train.training.loop import build_engine
-    from titans_train.training.step import train_step
+    from titans_train.training.step import own_share, train_step
 
     plan = plan_of(block, stage, layout, dtype)
     engine, want = build_engine(plan, mesh), reference(block)
+    parts: Any = engine.model.parts
     errors = {"gradient": 0.0, "later": 0.0, "norm": 0.0, "parameter": 0.0}
     micro, share = plan.config.training.micro_batch_size, ROWS // mesh.data
     for step in range(STEPS if dtype == "float32" else 1):
         tokens, labels = batch(step)
         first = mesh.data_rank * share
         batches = [
-            Batch(tokens[i : i + micro], labels[i : i + micro], None, []) for i in range(first, first + share, micro)
+            own_share(Batch(tokens[i : i + micro], labels[i : i + micro], None, []), parts)
+            for i in range(first, first + share, micro)
         ]
         got: dict[str, Tensor] = {}
         train_step(engine, batches, RATE, lambda got=got: got.update((n, g.clone()) for n, g in engine.gradients()))  # type: ignore[misc]

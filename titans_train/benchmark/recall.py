@@ -19,6 +19,7 @@ from torch import Tensor
 
 from titans_train.config import load_config
 from titans_train.data import RecallDataset, TokenDataset, open_dataset
+from titans_train.data.cursor import Cursor
 from titans_train.data.sample import IGNORE
 from titans_train.evaluation.perplexity import evaluate
 from titans_train.models import LanguageModel
@@ -30,7 +31,7 @@ EVALUATED = 128  # unseen sequences per point
 
 def steps(dataset: TokenDataset | RecallDataset, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
     for step in range(plan.config.training.steps):
-        samples = [dataset.sequence(n) for n in dataset.indices(step, plan.config.training.global_batch_size)]
+        samples = [dataset.sequence(n) for n in Cursor.constant(plan.config.training.global_batch_size).batch(step)]
         yield torch.stack([s.tokens for s in samples]), torch.stack([s.labels for s in samples])
 
 

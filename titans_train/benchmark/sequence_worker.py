@@ -274,7 +274,7 @@ def plan_of(layout: Row) -> Any:
 
 
 def batch(layout: Row) -> Any:
-    """One sequence of random tokens, the whole of it, as the loader hands it to every shard."""
+    """One sequence of random tokens, the whole of it, before it is cut for a shard."""
     from titans_train.data import Batch
 
     generator = torch.Generator().manual_seed(0)
@@ -290,11 +290,12 @@ def memory(mesh: Any, layout: Row) -> Row:
     """
     from titans_train.parallel import gather
     from titans_train.training.loop import build_engine
-    from titans_train.training.step import train_step
+    from titans_train.training.step import own_share, train_step
 
     plan = plan_of(layout)
     with TensorMemory() as counted:
-        engine, data = build_engine(plan, mesh), batch(layout)
+        engine = build_engine(plan, mesh)
+        data: Any = own_share(batch(layout), engine.model.parts)  # type: ignore[arg-type]
         for _ in range(layout["steps"]):
             counted.reset_peak()
             train_step(engine, [data], 1e-3)
@@ -309,10 +310,11 @@ def long(mesh: Any, layout: Row) -> Row:
     from titans_train.monitoring.throughput import peak_memory_bytes
     from titans_train.parallel import gather
     from titans_train.training.loop import build_engine
-    from titans_train.training.step import train_step
+    from titans_train.training.step import own_share, train_step
 
     plan, counted = plan_of(layout), TensorMemory()
-    engine, data = build_engine(plan, mesh), batch(layout)
+    engine = build_engine(plan, mesh)
+    data: Any = own_share(batch(layout), engine.model.parts)  # type: ignore[arg-type]
     before, losses, seconds = peak_memory_bytes(), [], []
     for step in range(layout["steps"]):
         with counted if layout["counted"] and step == 0 else nullcontext():

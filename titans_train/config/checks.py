@@ -7,12 +7,15 @@ A check reads the config as if it were whole. When a value that it needs is itse
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from titans_train.config.errors import Problem, nearest_divisors, nearest_multiples, show, use
 from titans_train.config.explain import UnknownValueError
 from titans_train.config.schema import Model, RunConfig
+from titans_train.mixing import LONGEST_PERIOD, units
 
 Check = Callable[[RunConfig], Iterator[Problem]]
 
@@ -188,11 +191,58 @@ def precision(config: RunConfig) -> Iterator[Problem]:
 
 
 def source(config: RunConfig) -> Iterator[Problem]:
-    if config.data.source == "shards" and not config.data.path:
-        message = f"{show(config.data.path)}, but data.source is shards"
+    data = config.data
+    if data.source == "recall":
+        if data.recall is None:
+            yield Problem("data.recall", "null, but data.source is recall", "write 'recall: {pairs: 16}' below 'data:'")
+    elif data.sources is None and not data.path:
+        message = f"{show(data.path)}, but data.source is shards"
         yield Problem("data.path", message, "give the folder that python -m data_prep wrote")
-    if config.data.source == "recall" and config.data.recall is None:
-        yield Problem("data.recall", "null, but data.source is recall", "write 'recall: {pairs: 16}' below 'data:'")
+    elif data.sources is not None and data.path:
+        yield Problem("data.path", f"{show(data.path)}, but data.sources is given too", "keep one of the two")
+
+
+def sources(config: RunConfig) -> Iterator[Problem]:
+    """Names and weights of several sources, now and later."""
+    found, later = config.data.sources, config.data.weights_from
+    if found is None:
+        if later is not None:
+            yield Problem("data.weights_from", "given without data.sources", "remove it, or name the sources")
+        return
+    if not found:
+        yield Problem("data.sources", "empty", "write 'web: {path: data/web, weight: 1}' below it, or remove it")
+        return
+    for name in found:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+            message = f"{show(name)}: up to 64 letters, digits, '_' and '-', a letter or digit first"
+            yield Problem(f"data.sources.{name}", message, "use a name such as web")
+    yield from _shares("data.sources", {name: source.weight for name, source in found.items()})
+    for step, weights in (later or {}).items():
+        path = f"data.weights_from.{step}"
+        if not re.fullmatch(r"[1-9][0-9]{0,15}", step):
+            yield Problem(path, f"{show(step)} is not a step above 0", "write '20000: {name: weight, …}'")
+        elif set(weights) != set(found):
+            missing, unknown = sorted(set(found) - set(weights)), sorted(set(weights) - set(found))
+            words = [f"no weight for {', '.join(missing)}"] if missing else []
+            words += [f"unknown source {', '.join(unknown)}"] if unknown else []
+            yield Problem(path, "; ".join(words), f"give one for each of {', '.join(found)}; 0 leaves a source out")
+        elif negative := [name for name, weight in weights.items() if weight < 0]:
+            yield Problem(f"{path}.{negative[0]}", f"{weights[negative[0]]:g} is below 0", "use 0 or more")
+        else:
+            yield from _shares(path, weights)
+
+
+def _shares(path: str, weights: dict[str, float]) -> Iterator[Problem]:
+    try:
+        period = sum(units(weights).values())
+    except ValueError as error:
+        yield Problem(path, str(error), "give at least one source a weight above 0")
+        return
+    if period > LONGEST_PERIOD:
+        message = f"the order of the sources repeats after {period:,} sequences only, the limit is {LONGEST_PERIOD:,}"
+        total = sum(weights.values())
+        rounded = ", ".join(f"{name}: {weight / total:.3f}" for name, weight in weights.items())
+        yield Problem(path, message, f"write the weights with fewer digits, such as {rounded}")
 
 
 def recall(config: RunConfig) -> Iterator[Problem]:
@@ -223,6 +273,21 @@ def carried(config: RunConfig) -> Iterator[Problem]:
         message = "null, but training.carry_state is true: the keys of block transformer would grow without limit"
         half = max(1, config.training.sequence_length // 2)
         yield Problem("attention.window", message, f"use {half}, or training.carry_state false")
+    if config.data.sources is None:
+        return
+    if config.data.weights_from:
+        message = "given, but training.carry_state is true: a row reads one source from its first step to its last"
+        yield Problem("data.weights_from", message, "remove it, or training.carry_state false")
+    with suppress(ValueError):  # reported by `sources`
+        period = sum(units({name: source.weight for name, source in config.data.sources.items()}).values())
+        rows = config.training.global_batch_size
+        if rows % period:
+            message = (
+                f"{rows} rows cannot be shared by the weights of data.sources: where rows carry their state, each reads "
+                f"one source, so the rows must be a multiple of {period}"
+            )
+            choices = nearest_multiples(period, rows)
+            yield Problem("training.global_batch_size", message, use("training.global_batch_size", choices))
 
 
 def batch(config: RunConfig) -> Iterator[Problem]:
@@ -272,5 +337,5 @@ def mesh(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
 
 
 CHECKS: list[Check] = [
-    heads, segment, chunk, window, sequence, scan, tensor, precision, source, recall, carried, batch, schedule,
+    heads, segment, chunk, window, sequence, scan, tensor, precision, source, sources, recall, carried, batch, schedule,
 ]  # fmt: skip

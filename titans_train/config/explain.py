@@ -42,11 +42,14 @@ def partial(model: type[BaseModel], raw: Any, bad: Sequence[tuple[int | str, ...
         return Partial(values)
     for name, field in model.model_fields.items():
         below = [loc[1:] for loc in bad if loc and loc[0] == name]
-        section = section_of(field)
+        section, many = section_of(field), sections_of(field)
         if () in below:
             continue
         if section is not None and isinstance(raw.get(name), dict):
             values[name] = partial(section, raw[name], below)
+        elif many is not None and isinstance(raw.get(name), dict):
+            each = raw[name].items()
+            values[name] = {key: partial(many, value, [b[1:] for b in below if b[:1] == (key,)]) for key, value in each}
         elif name in raw:
             values[name] = raw[name]
         elif not field.is_required():
@@ -59,6 +62,14 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
     hint = field.annotation
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def sections_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section class of a field such as `dict[str, Source] | None`, whose keys a user names."""
+    hint = field.annotation
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    values = [get_args(c)[1] for c in choices if get_origin(c) is dict]
+    return next((v for v in values if isinstance(v, type) and issubclass(v, BaseModel)), None)
 
 
 def explain(error: ValidationError, document: Document) -> list[Problem]:
@@ -171,15 +182,19 @@ def _example(field: FieldInfo) -> str:
     choices = get_args(field.annotation)
     if choices and isinstance(choices[0], str):
         return " | ".join(choices)
-    return "<an integer>" if field.annotation is int else "<text>"
+    return {int: "<an integer>", float: "<a number>"}.get(field.annotation, "<text>")  # type: ignore[arg-type]
 
 
 def _field(loc: tuple[str, ...]) -> FieldInfo | None:
     model: type[BaseModel] | None = RunConfig
     field: FieldInfo | None = None
+    many: type[BaseModel] | None = None
     for part in loc:
+        if many is not None:  # `part` is a name that the user gave
+            field, model, many = None, many, None
+            continue
         field = model.model_fields.get(part) if model is not None else None
-        model = section_of(field) if field is not None else None
+        model, many = (section_of(field), sections_of(field)) if field is not None else (None, None)
     return field
 
 
@@ -192,16 +207,18 @@ def _all_keys(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[tupl
     keys: list[tuple[str, ...]] = []
     for name, field in model.model_fields.items():
         keys.append((*prefix, name))
-        section = section_of(field)
+        section, many = section_of(field), sections_of(field)
         if section is not None:
             keys += _all_keys(section, (*prefix, name))
+        elif many is not None:
+            keys += _all_keys(many, (*prefix, name, "NAME"))
     return keys
 
 
 def _similar_key(loc: tuple[str, ...]) -> str:
     """The key of the same section most like this one, else the same or a similar key of another section."""
     keys = _all_keys(RunConfig)
-    siblings = [k[-1] for k in keys if k[:-1] == loc[:-1]]
+    siblings = [k[-1] for k in keys if len(k) == len(loc) and all(a in (b, "NAME") for a, b in zip(k[:-1], loc[:-1]))]
     similar = closest(loc[-1], siblings)
     if similar is not None:
         return f"did you mean {'.'.join((*loc[:-1], similar))}?"

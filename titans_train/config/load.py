@@ -54,6 +54,10 @@ def dump_config(config: RunConfig) -> str:
             value = getattr(section, name)
             if isinstance(value, BaseModel):
                 out += [f"{indent}{name}:", *lines(value, indent + "  ")]
+            elif isinstance(value, dict) and any(isinstance(v, BaseModel) for v in value.values()):
+                out.append(f"{indent}{name}:")
+                for key, each in value.items():
+                    out += [f"{indent}  {json.dumps(key)}:", *lines(each, indent + "    ")]
             else:  # JSON scalars are YAML scalars, and leave no doubt about their type
                 out.append(f"{indent}{name}: {json.dumps(value)}")
         return out

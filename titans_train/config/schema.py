@@ -90,13 +90,28 @@ class Recall(Section):
     gap: int = Field(default=64, ge=0, description="filler tokens between the last pair and the first query")
 
 
+class Source(Section):
+    path: str = Field(min_length=1, description="prepared folder or URL")
+    part: str | None = Field(default=None, description="one of the sources in that folder; null: all of them")
+    weight: float = Field(ge=0, le=1e6, description="share of the sequences, relative to the other sources' weights")
+
+
 class Data(Section):
     source: Literal["shards", "recall"] = "shards"
-    path: str | None = Field(default=None, description="prepared folder: manifest.json, train/, validation/")
+    path: str | None = Field(
+        default=None, description="prepared folder or URL such as s3://bucket/folder; or give data.sources"
+    )
+    sources: dict[str, Source] | None = Field(default=None, description="name: {path, weight}, mixed by weight")
+    weights_from: dict[str, dict[str, float]] | None = Field(
+        default=None, description="step: {name: weight of every source}, in force from that step on"
+    )
     packing: Literal["concatenate", "isolate"] = "concatenate"
     shuffle: bool = True
     workers: int = Field(default=1, ge=0, le=64, description="reader processes per rank")
+    timeout_seconds: int = Field(default=600, ge=1, description="a batch that takes longer to read ends the run")
+    remote_timeout_seconds: int = Field(default=60, ge=1, description="of a try to fetch a file")
     cache: str | None = Field(default=None, description="folder for decompressed shards; null: <run directory>/cache")
+    cache_limit_gib: float | None = Field(default=None, gt=0, description="of a user's files there; null: none")
     recall: Recall | None = None
 
 

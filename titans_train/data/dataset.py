@@ -1,174 +1,189 @@
-"""Sequence i of a run: which documents it is cut from, and its tokens. A function of (seed, data, i) only."""
+"""Sequence n of a run: from which source it is and its tokens. A function of (seed, data, weights, n) only."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
+import xxhash
 
 from data_prep.manifest import SPLITS
+from titans_train.data.cache import Cache
+from titans_train.data.cursor import Cursor, Weights
 from titans_train.data.errors import DataError
-from titans_train.data.order import document_order, sequence_place
-from titans_train.data.packing import EpochPacking, Layout, Piece
+from titans_train.data.order import GROUP_SHARDS
+from titans_train.data.packing import Layout
 from titans_train.data.recall import RecallDataset
-from titans_train.data.sample import IGNORE, Sample
-from titans_train.data.shards import ShardStore, Tokens
+from titans_train.data.remote import Remote
+from titans_train.data.sample import Sample
+from titans_train.data.shards import ShardStore
+from titans_train.data.source import SourceStream
+from titans_train.mixing import Mixture
 
 if TYPE_CHECKING:
     from titans_train.config.schema import RunConfig
 
-_KEPT_EPOCHS = 2  # the current one and, near its end, the next
-_KEPT_DOCUMENT_BYTES = 64 << 20  # consecutive sequences cut the same documents
+ONLY = "data"  # the name of the source where data.path gives one
 
 
 class TokenDataset:
-    """Sequences by number over prepared shards. Epochs follow each other without a seam in the numbers.
+    """The sources of a run, mixed by weight sequence by sequence.
 
-    With `carried_rows` R (training.carry_state), row i of each global batch of R continues row i of the one before: of
-    the E sequences of an epoch, in stream order, it reads its own S = E // R consecutive ones, in S steps. An epoch's
-    last E - R S sequences are dropped.
-
-    `sequences_total`: sequences of one epoch. `dropped_tokens`: positions at an epoch's end that no step reads.
-    `padding_share`: of the positions, with isolated documents. `bytes_per_token`: text bytes per token, the
-    end-of-document tokens included. `fingerprint`: of the manifest, changes whenever the data does.
+    `length`: tokens of a sequence. `sequences_total`: until the first source has been read once. `padding_share` and `bytes_per_token` (text bytes per
+    token, end-of-document tokens included): means with the weights of step 0. `fingerprints`: by source, of what was
+    prepared; change whenever the data does.
     """
 
-    def __init__(
-        self, store: ShardStore, layout: Layout, seed: int, shuffle: bool, carried_rows: int | None = None
-    ) -> None:
-        """DataError when the lengths file is damaged or there are too few tokens: for one sequence, or carried row."""
-        self._store = store
-        self._layout = layout
-        self._seed = seed
-        self._shuffle = shuffle
-        lengths = store.lengths()
-        self.sequences_total, self.dropped_tokens = layout.count(lengths)
-        if self.sequences_total < 1:
-            raise DataError(
-                f"{store.path}, split {store.split}: {len(lengths)} documents of {int(lengths.sum())} tokens fill no "
-                f"sequence of {layout.length}; prepare more data or lower training.sequence_length"
-            )
-        self._carried_rows = carried_rows
-        if carried_rows is not None:
-            self._check_rows(carried_rows)
-            self.dropped_tokens += self.sequences_total % carried_rows * layout.length
-        self.padding_share = 1 - int(lengths.sum()) / int(layout.slots(lengths).sum())
-        self.bytes_per_token: float | None = store.entry.text_bytes / store.entry.tokens
-        self.fingerprint = store.fingerprint
-        # Caches of this process; not sent to others.
-        self._lengths: NDArray[np.int64] | None = None
-        self._epochs: OrderedDict[int, EpochPacking] = OrderedDict()
-        self._documents: OrderedDict[int, Tokens] = OrderedDict()
-        self._document_bytes = 0
+    def __init__(self, sources: Mapping[str, SourceStream], weights: Weights, cursor: Cursor) -> None:
+        self.sources = dict(sources)
+        self.weights = weights
+        self.fingerprints = {name: stream.store.fingerprint for name, stream in self.sources.items()}
+        self.mixture = self._mixture(cursor)
+        self.length = next(iter(self.sources.values())).layout.length
+        first = self.mixture.phases[0]
+        streams = list(self.sources.values())
+        self.sequences_total = min(
+            _until(first.order, source, first.shares[source], stream.sequences)
+            for source, stream in enumerate(streams)
+            if first.shares[source]
+        )
+        shares = [share / first.period for share in first.shares]
+        self.padding_share = sum(w * s.padding_share for w, s in zip(shares, streams, strict=True))
+        self.dropped_tokens = sum(s.dropped_tokens for s in streams)
+        self.bytes_per_token: float | None = sum(w * s.bytes_per_token for w, s in zip(shares, streams, strict=True))
 
-    def __getstate__(self) -> dict[str, Any]:
-        caches: dict[str, Any] = {"_epochs": OrderedDict(), "_documents": OrderedDict()}
-        return {**self.__dict__, **caches, "_lengths": None, "_document_bytes": 0}
+    def _mixture(self, cursor: Cursor) -> Mixture:
+        phases: dict[int, Mapping[str, float]] = {}
+        for step, weights in self.weights:
+            phases[cursor.sequences(step)] = weights
+        return Mixture(list(self.sources), list(phases.items()))
 
-    def _check_rows(self, rows: int) -> None:
-        if self.sequences_total < rows:
-            raise DataError(
-                f"{self._store.path}, split {self._store.split}: an epoch has {self.sequences_total} sequences of "
-                f"{self._layout.length}, training.carry_state needs at least one for each of the {rows} rows of a "
-                f"batch; lower training.global_batch_size to at most {self.sequences_total} or "
-                "training.sequence_length, or prepare more data"
-            )
+    def at(self, cursor: Cursor) -> TokenDataset:
+        """The same with the steps of changed weights counted by another cursor."""
+        return TokenDataset(self.sources, self.weights, cursor)
 
-    def indices(self, step: int, global_batch_size: int) -> list[int]:
-        """Sequence numbers of global batch `step`, in order; of `carried_rows` rows where they carry."""
-        if self._carried_rows is None:
-            return list(range(step * global_batch_size, (step + 1) * global_batch_size))
-        assert global_batch_size == self._carried_rows
-        span = self.sequences_total // global_batch_size
-        epoch, place = divmod(step, span)
-        return [epoch * self.sequences_total + row * span + place for row in range(global_batch_size)]
+    def place(self, number: int) -> tuple[SourceStream, int]:
+        """The source of sequence `number` of the run, and its number there."""
+        source, place = self.mixture.place(number)
+        return list(self.sources.values())[source], place
 
-    def sequence(self, number: int) -> Sample:
-        """Sequence `number`, counted through all epochs. DataError names the shard it cannot trust."""
-        epoch, index = divmod(number, self.sequences_total)
-        shuffle = self._shuffle and self._carried_rows is None
-        place = sequence_place(index, self.sequences_total, self._seed, epoch, shuffle)
-        pieces, continues = self._packing(epoch).pieces(place), self._continues(index)
-        return self._isolated(pieces, continues) if self._layout.isolate else self._concatenated(pieces, continues)
+    def sequence(self, number: int, begin: int = 0, end: int | None = None) -> Sample:
+        """Positions [begin, end) of sequence `number` of the run; nothing else is read."""
+        stream, place = self.place(number)
+        return stream.sequence(place, begin, end)
 
-    def _continues(self, index: int) -> bool | None:
-        """Of an epoch's sequence `index`: False for the first one of a row, None where rows do not carry."""
-        if self._carried_rows is None:
-            return None
-        return index % (self.sequences_total // self._carried_rows) > 0
+    def figures(self, sequences: int) -> dict[str, dict[str, float]]:
+        """For each source, of the first `sequences` of the run: how many, their share, epochs begun and repeats.
 
-    def _concatenated(self, pieces: list[Piece], continues: bool | None) -> Sample:
-        window = np.concatenate([self._document(piece.document)[piece.begin : piece.end] for piece in pieces])
-        stream = torch.from_numpy(window.astype(np.int64))
-        return Sample(stream[:-1].clone(), stream[1:].clone(), None, continues)
-
-    def _isolated(self, pieces: list[Piece], continues: bool | None) -> Sample:
-        """A document cut by the sequence's start is a start as well, unless the row carries what came before."""
-        length = self._layout.length
-        tokens = np.full(length, self._store.manifest.tokenizer.end_of_document, np.int64)
-        labels = np.full(length, IGNORE, np.int64)
-        starts = np.zeros(length, np.bool_)
-        for piece in pieces:
-            document = self._document(piece.document)
-            position, count = piece.position, piece.end - piece.begin
-            tokens[position : position + count] = document[piece.begin : piece.end]
-            # The document's last token has no next one; a piece cut by the sequence's end has it in the next piece.
-            following = document[piece.begin + 1 : piece.end + 1]
-            labels[position : position + len(following)] = following
-            starts[position] = piece.begin == 0 or not continues
-        return Sample(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(starts), continues)
-
-    def _packing(self, epoch: int) -> EpochPacking:
-        if epoch not in self._epochs:
-            order = document_order(self._store.documents_per_shard, self._seed, epoch, self._shuffle)
-            self._epochs[epoch] = EpochPacking(self._layout, self._length_array(), order)
-        self._epochs.move_to_end(epoch)
-        while len(self._epochs) > _KEPT_EPOCHS:
-            self._epochs.popitem(last=False)
-        return self._epochs[epoch]
-
-    def _length_array(self) -> NDArray[np.int64]:
-        if self._lengths is None:
-            self._lengths = self._store.lengths()
-        return self._lengths
-
-    def _document(self, number: int) -> Tokens:
-        if number not in self._documents:
-            tokens = self._store.document(number, int(self._length_array()[number]))
-            self._documents[number] = tokens
-            self._document_bytes += tokens.nbytes
-        self._documents.move_to_end(number)
-        while self._document_bytes > _KEPT_DOCUMENT_BYTES and len(self._documents) > 1:
-            self._document_bytes -= self._documents.popitem(last=False)[1].nbytes
-        return self._documents[number]
+        epoch: how often the source has been read, a fraction. repeats: how often it was begun again.
+        """
+        found = {}
+        for (name, stream), count in zip(self.sources.items(), self.mixture.counts(sequences), strict=True):
+            found[f"data_{name}"] = {
+                "sequences": count,
+                "share": count / max(sequences, 1),
+                "epoch": count / stream.sequences,
+                "repeats": max(count - 1, 0) // stream.sequences,
+            }
+        return found
 
 
-def open_dataset(config: RunConfig, split: str = "train", alignment: int = 1) -> TokenDataset | RecallDataset:
+def _until(order: Any, source: int, share: int, sequences: int) -> int:
+    """How many sequences of the mixture hold `sequences` of a source at most."""
+    periods, rest = divmod(sequences, share)
+    total = periods * len(order)
+    for chosen in order:
+        rest -= chosen == source
+        if rest < 0:
+            break
+        total += 1
+    return total
+
+
+def weights_of(config: RunConfig, split: str = "train") -> Weights:
+    """The sources' weights by the step from which they are in force; a validation split keeps the first ones."""
+    data = config.data
+    if data.sources is None:
+        return ((0, {ONLY: 1.0}),)
+    first = {name: source.weight for name, source in data.sources.items()}
+    later = {int(step): weights for step, weights in (data.weights_from or {}).items()} if split == "train" else {}
+    return tuple(sorted({0: first, **later}.items()))
+
+
+def open_dataset(
+    config: RunConfig, split: str = "train", alignment: int = 1, carried: bool | None = None
+) -> TokenDataset | RecallDataset:
     """The dataset a run config names. `alignment`: the model's document alignment, ModelShape.document_alignment.
 
     Training is shuffled where data.shuffle says so (only its documents with training.carry_state); validation is read
-    in one fixed order, and its rows do not carry. DataError: data that is missing, damaged, too little, or does not fit
-    the model.
+    in one fixed order, and its rows do not carry. `carried` False: no rows carry. DataError: data that is missing,
+    damaged, too little, or does not fit the model or each other.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {SPLITS}")
     if config.data.source == "recall":
         return RecallDataset.from_config(config, split)
-    if config.data.path is None:
-        raise DataError("data.path is not set; set it to a folder made by python -m data_prep")
-    run_directory = Path(config.run.folder) / config.run.name
-    cache = Path(config.data.cache) if config.data.cache is not None else run_directory / "cache"
-    store = ShardStore(config.data.path, split, cache)
-    if store.manifest.tokenizer.vocabulary > config.model.vocabulary:
-        raise DataError(
-            f"{store.path} was made with a vocabulary of {store.manifest.tokenizer.vocabulary}, model.vocabulary is "
-            f"{config.model.vocabulary}; raise model.vocabulary to at least {store.manifest.tokenizer.vocabulary}"
-        )
+    carries = split == "train" and config.training.carry_state and carried is not False
+    weights = weights_of(config, split)
+    stores = _open_stores(config, split)
+    weights = tuple((step, {n: w for n, w in by_source.items() if n in stores}) for step, by_source in weights)
+    rows = _rows(config, weights, list(stores)) if carries else None
     layout = Layout(config.training.sequence_length, config.data.packing == "isolate", alignment)
-    train, training = split == "train", config.training
-    rows = training.global_batch_size if train and training.carry_state else None
-    return TokenDataset(store, layout, config.run.seed, config.data.shuffle and train, rows)
+    shuffle = config.data.shuffle and split == "train"
+    streams = {
+        name: SourceStream(store, layout, _seed(config, name), shuffle, rows and rows[name], name)
+        for name, store in stores.items()
+    }
+    return TokenDataset(streams, weights, Cursor.constant(config.training.global_batch_size))
+
+
+def data_cache(config: RunConfig) -> Cache:
+    """The folder that takes decompressed and fetched shards, with its limit."""
+    limit = config.data.cache_limit_gib
+    folder = config.data.cache or str(Path(config.run.folder) / config.run.name / "cache")
+    return Cache(Path(folder), None if limit is None else int(limit * 2**30))
+
+
+def _open_stores(config: RunConfig, split: str) -> dict[str, ShardStore]:
+    data, cache, remote = config.data, data_cache(config), Remote(timeout_seconds=config.data.remote_timeout_seconds)
+    if data.sources is None:
+        if data.path is None:
+            raise DataError("data.path is not set; set it to a folder made by python -m data_prep")
+        stores = {ONLY: ShardStore(data.path, split, cache, None, remote)}
+    else:
+        stores = {n: ShardStore(s.path, split, cache, s.part, remote) for n, s in data.sources.items()}
+    if split != "train":  # a small source may have no document there
+        stores = {name: store for name, store in stores.items() if store.documents} or stores
+    first = next(iter(stores))
+    for name, store in stores.items():
+        _check_vocabulary(config, store)
+        ours, theirs = stores[first].manifest.tokenizer, store.manifest.tokenizer
+        if ours.sha256 != theirs.sha256:
+            raise DataError(
+                f"data.sources.{name} was prepared with the {theirs.kind} tokenizer {theirs.sha256[:12]}, "
+                f"data.sources.{first} with the {ours.kind} tokenizer {ours.sha256[:12]}; prepare both with the same"
+            )
+    # The shards whose documents are mixed with each other, and the next such group.
+    cache.check_room(sum(store.largest_shards(2 * GROUP_SHARDS) for store in stores.values()))
+    return stores
+
+
+def _check_vocabulary(config: RunConfig, store: ShardStore) -> None:
+    needed = store.manifest.tokenizer.vocabulary
+    if needed > config.model.vocabulary:
+        raise DataError(
+            f"{store.path} was made with a vocabulary of {needed}, model.vocabulary is {config.model.vocabulary}; "
+            f"raise model.vocabulary to at least {needed}"
+        )
+
+
+def _rows(config: RunConfig, weights: Weights, names: list[str]) -> dict[str, int]:
+    """How many rows of each global batch a source has, where rows carry. The config's checks make them whole."""
+    counts = Mixture(names, [(0, weights[0][1])]).counts(config.training.global_batch_size)
+    return dict(zip(names, counts, strict=True))
+
+
+def _seed(config: RunConfig, name: str) -> int:
+    """Sources of the same data under two names are not read in the same order."""
+    return config.run.seed if name == ONLY else (config.run.seed << 32) + (xxhash.xxh32_intdigest(name) or 1)

@@ -16,12 +16,15 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from titans_train.data.cursor import Cursor
 from titans_train.data.dataset import TokenDataset
 from titans_train.data.errors import DataError
+from titans_train.data.parent import end_with_parent
 from titans_train.data.recall import RecallDataset
 from titans_train.data.sample import Sample
 
 if TYPE_CHECKING:
+    from titans_train.config.schema import Data
     from titans_train.plan import Plan
 
 _STEPS_AHEAD = 2  # per worker
@@ -31,20 +34,30 @@ _STEPS_AHEAD = 2  # per worker
 class Batch:
     """One micro-batch: tokens, labels [b, L] int64, document_starts [b, L] bool or None, sequence numbers [b].
 
-    continues [b] bool: the row goes on where it ended in the global batch before; None without carry_state.
+    L: of whole sequences, or of the shard of them that a rank asked for.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     document_starts: torch.Tensor | None
     sample_ids: list[int]
-    continues: torch.Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """torch's DataLoader calls this where a GPU is present."""
         starts = self.document_starts.pin_memory() if self.document_starts is not None else None
-        continues = self.continues.pin_memory() if self.continues is not None else None
-        return Batch(self.tokens.pin_memory(), self.labels.pin_memory(), starts, self.sample_ids, continues)
+        return Batch(self.tokens.pin_memory(), self.labels.pin_memory(), starts, self.sample_ids)
+
+
+def collect(dataset: TokenDataset | RecallDataset, numbers: list[int], begin: int = 0, end: int | None = None) -> Batch:
+    """Positions [begin, end) of these sequences as one micro-batch."""
+    samples: list[Sample] = [dataset.sequence(number, begin, end) for number in numbers]
+    starts = [sample.document_starts for sample in samples if sample.document_starts is not None]
+    return Batch(
+        tokens=torch.stack([sample.tokens for sample in samples]),
+        labels=torch.stack([sample.labels for sample in samples]),
+        document_starts=torch.stack(starts) if starts else None,
+        sample_ids=numbers,
+    )
 
 
 @dataclass(frozen=True)
@@ -52,47 +65,46 @@ class _RankSteps(TorchDataset[Any]):
     """Map-style: item k is the micro-batches of step start + k for one rank, or the error that met it."""
 
     dataset: TokenDataset | RecallDataset
-    global_batch_size: int
+    cursor: Cursor
     micro_batch_size: int
     rank: int
     ranks: int
     start: int
     steps: int
+    begin: int  # of each sequence, the positions [begin, end)
+    end: int
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, item: int) -> list[Batch] | DataError:
-        numbers = self.dataset.indices(self.start + item, self.global_batch_size)
-        share = self.global_batch_size // self.ranks
+        numbers = list(self.cursor.batch(self.start + item))
+        share = len(numbers) // self.ranks
         mine = numbers[self.rank * share : (self.rank + 1) * share]
-        size = self.micro_batch_size
+        micro = [mine[first : first + self.micro_batch_size] for first in range(0, share, self.micro_batch_size)]
         try:
-            return [self._batch(mine[first : first + size]) for first in range(0, share, size)]
+            return [collect(self.dataset, rows, self.begin, self.end) for rows in micro]
         except DataError as error:
             return error  # raised by the rank itself, so that a worker's error reads the same as its own
 
-    def _batch(self, numbers: list[int]) -> Batch:
-        samples: list[Sample] = [self.dataset.sequence(number) for number in numbers]
-        starts = [sample.document_starts for sample in samples if sample.document_starts is not None]
-        continues = [sample.continues for sample in samples if sample.continues is not None]
-        return Batch(
-            tokens=torch.stack([sample.tokens for sample in samples]),
-            labels=torch.stack([sample.labels for sample in samples]),
-            document_starts=torch.stack(starts) if starts else None,
-            sample_ids=numbers,
-            continues=torch.tensor(continues) if continues else None,
-        )
-
 
 def loader(
-    dataset: TokenDataset | RecallDataset, plan: Plan, data_rank: int = 0, start_step: int = 0
+    dataset: TokenDataset | RecallDataset,
+    plan: Plan,
+    data_rank: int = 0,
+    start_step: int = 0,
+    cursor: Cursor | None = None,
+    shard: int = 0,
 ) -> Iterator[list[Batch]]:
     """Steps start_step .. training.steps - 1, each as this rank's micro-batches in accumulation order.
 
-    DataError, as the dataset raises it. ValueError when the global batch does not divide over ranks and micro-batches.
+    `cursor`: where each step begins; None: the batch size was always that of the plan. `shard`: which of the plan's
+    sequence shards this rank holds; only that part of each sequence is read.
+
+    DataError, as the dataset raises it, or where a reader process dies or hangs. ValueError when the global batch does
+    not divide over ranks and micro-batches.
     """
-    training, ranks = plan.config.training, plan.data_parallel
+    training, ranks, shards = plan.config.training, plan.data_parallel, plan.config.parallel.sequence
     if not 0 <= data_rank < ranks:
         raise ValueError(f"data rank {data_rank} is not among the {ranks} data-parallel ranks of the plan")
     if training.global_batch_size % (ranks * training.micro_batch_size):
@@ -100,33 +112,57 @@ def loader(
             f"training.global_batch_size {training.global_batch_size} is not a multiple of data-parallel ranks {ranks} "
             f"* training.micro_batch_size {training.micro_batch_size}; change one of them"
         )
+    length = training.sequence_length // shards
     steps = _RankSteps(
         dataset=dataset,
-        global_batch_size=training.global_batch_size,
+        cursor=cursor or Cursor.constant(training.global_batch_size),
         micro_batch_size=training.micro_batch_size,
         rank=data_rank,
         ranks=ranks,
         start=start_step,
         steps=max(training.steps - start_step, 0),
+        begin=shard * length,
+        end=(shard + 1) * length,
     )
-    return _read(steps, plan.config.data.workers)
+    return _read(steps, plan.config.data)
 
 
-def _read(steps: _RankSteps, workers: int) -> Iterator[list[Batch]]:
+def _read(steps: _RankSteps, data: Data) -> Iterator[list[Batch]]:
     """Worker w reads steps w, w + workers, ...; torch's DataLoader puts them back in order."""
     reading: DataLoader[Any] = DataLoader(
         steps,
         batch_size=None,
         collate_fn=_as_it_is,
-        num_workers=workers,
-        multiprocessing_context=_worker_context() if workers else None,
-        prefetch_factor=_STEPS_AHEAD if workers else None,
+        num_workers=data.workers,
+        multiprocessing_context=_worker_context() if data.workers else None,
+        prefetch_factor=_STEPS_AHEAD if data.workers else None,
         pin_memory=torch.cuda.is_available(),
+        timeout=data.timeout_seconds if data.workers else 0,
+        worker_init_fn=_start_worker,
     )
-    for item in reading:
+    items = iter(reading)
+    for _ in range(len(steps)):
+        item = _next(items, data)
         if isinstance(item, DataError):
             raise item
         yield item
+
+
+def _next(items: Iterator[Any], data: Data) -> Any:
+    try:
+        return next(items)
+    except RuntimeError as error:  # torch's words for both
+        if "timed out" in str(error):
+            raise DataError(
+                f"no batch for data.timeout_seconds {data.timeout_seconds}; is the storage of the data or of the cache "
+                "hanging? If it is only slow, raise the limit or data.workers"
+            ) from error
+        if "exited unexpectedly" in str(error):
+            raise DataError(
+                f"a reader process ended ({error}); was it killed, perhaps for memory? Lower data.workers or free "
+                "memory, and start again: the run resumes from its last checkpoint"
+            ) from error
+        raise
 
 
 def _worker_context() -> BaseContext:
@@ -138,6 +174,11 @@ def _worker_context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["titans_train.data.preload"])
     return context
+
+
+def _start_worker(number: int) -> None:
+    end_with_parent()  # the process it was forked from, which ends with the rank
+    torch.set_num_threads(1)
 
 
 def _as_it_is(item: Any) -> Any:

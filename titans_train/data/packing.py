@@ -3,7 +3,7 @@
 `concatenate`: all documents, each with its end-of-document token, form one stream; sequence i is the window
 [i L, i L + L], whose last token is only a label. `isolate`: each document takes a whole number of alignment
 blocks of the stream, the rest of its last block is padding; sequence i is [i L, i L + L), and a document that
-crosses a sequence's end goes on in the next one (as a new start, unless rows carry: TokenDataset).
+crosses a sequence's end goes on in the next one (as a new start, unless rows carry: SourceStream).
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens [begin, end) of a document, at `position` of the sequence."""
+    """Tokens [begin, end) of a document, at `position` of what was asked for; `length`: of the whole document."""
 
     document: int
     begin: int
     end: int
     position: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,21 @@ class EpochPacking:
         self._order = order
         self._ends = np.cumsum(layout.slots(lengths[order]))
 
-    def pieces(self, index: int) -> list[Piece]:
-        """Pieces of sequence `index`, in order; with `concatenate` they cover length + 1 tokens."""
-        low = index * self._layout.length
-        high = low + self._layout.length + (0 if self._layout.isolate else 1)
+    def pieces(self, index: int, begin: int, end: int) -> list[Piece]:
+        """What fills positions [begin, end) of sequence `index`, in order; `concatenate`: and the label after them.
+
+        With `isolate` a piece may be empty of tokens: the rest is padding.
+        """
+        low = index * self._layout.length + begin
+        high = low + (end - begin) + (0 if self._layout.isolate else 1)
         first = int(np.searchsorted(self._ends, low, side="right"))
         last = int(np.searchsorted(self._ends, high, side="left"))
         pieces = []
         for place in range(first, last + 1):
             document = int(self._order[place])
             start = int(self._ends[place - 1]) if place else 0
-            begin = max(low - start, 0)
-            end = min(high - start, int(self._lengths[document]))
-            pieces.append(Piece(document, begin, end, start + begin - low))
+            length = int(self._lengths[document])
+            from_here = max(low - start, 0)
+            upto = min(high - start, length)
+            pieces.append(Piece(document, from_here, max(upto, from_here), start + from_here - low, length))
         return pieces

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from titans_train.data.cursor import Cursor, Weights
 from titans_train.data.errors import DataError
 from titans_train.data.order import permutation, random_bits
 from titans_train.data.sample import IGNORE, Sample
@@ -59,10 +60,11 @@ class RecallDataset:
             )
         self._recall = recall
         self._key = (seed, 0x7265, _SPLIT_KEY[split])
-        self._length = sequence_length
+        self.length = sequence_length
         self.sequences_total = _SEQUENCES_TOTAL[split]
         settings = json.dumps([recall.model_dump(), *self._key], sort_keys=True)
-        self.fingerprint = hashlib.sha256(settings.encode()).hexdigest()[:16]
+        self.weights: Weights = ((0, {"recall": 1.0}),)
+        self.fingerprints = {"recall": hashlib.sha256(settings.encode()).hexdigest()[:16]}
 
     @classmethod
     def from_config(cls, config: RunConfig, split: str) -> RecallDataset:
@@ -71,20 +73,23 @@ class RecallDataset:
         length, vocabulary = config.training.sequence_length, config.model.vocabulary
         return cls(config.data.recall, config.run.seed, split, length, vocabulary)
 
-    def indices(self, step: int, global_batch_size: int) -> list[int]:
-        """Sequence numbers of global batch `step`, in order."""
-        return list(range(step * global_batch_size, (step + 1) * global_batch_size))
+    def at(self, cursor: Cursor) -> RecallDataset:
+        """The same: no step changes it."""
+        return self
 
-    def sequence(self, number: int) -> Sample:
-        """tokens, labels [length] int64; no document starts."""
+    def figures(self, sequences: int) -> dict[str, dict[str, float]]:
+        return {}
+
+    def sequence(self, number: int, begin: int = 0, end: int | None = None) -> Sample:
+        """Positions [begin, end): tokens, labels int64; no document starts."""
         task, key = self._recall, (*self._key, number)
         keys = permutation(task.keys, *key, 0)[: task.pairs]
         values = task.keys + (random_bits(task.pairs, *key, 1) % np.uint64(task.values)).astype(np.int64)
         queries = permutation(task.pairs, *key, 2)
         filler, padding = task.keys + task.values, task.keys + task.values + 1
 
-        tokens = np.full(self._length, padding, np.int64)
-        labels = np.full(self._length, IGNORE, np.int64)
+        tokens = np.full(self.length, padding, np.int64)
+        labels = np.full(self.length, IGNORE, np.int64)
         pairs_end = 2 * task.pairs
         asked = pairs_end + task.gap
         tokens[0:pairs_end:2], tokens[1:pairs_end:2] = keys, values
@@ -92,4 +97,4 @@ class RecallDataset:
         tokens[asked : asked + pairs_end : 2] = keys[queries]
         tokens[asked + 1 : asked + pairs_end : 2] = values[queries]
         labels[asked : asked + pairs_end : 2] = values[queries]
-        return Sample(torch.from_numpy(tokens), torch.from_numpy(labels), None)
+        return Sample(torch.from_numpy(tokens[begin:end]), torch.from_numpy(labels[begin:end]), None)

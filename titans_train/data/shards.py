@@ -1,271 +1,222 @@
 """The verified store: documents by number, from shards that agree with the manifest in size and hash.
 
-mosaicml-streaming fetches, decompresses and caches; its iterator is not used, because it only logs a bad shard and
-stops. Here every shard is checked when a process first opens it, in the calling thread, and whatever is wrong is
-raised. A check that passed is remembered in a marker file, by size and times of the checked file.
+Every shard is checked when a process first opens it, in the calling thread, and whatever is wrong is raised.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import io
-import json
 import os
-import shutil
-import threading
+from bisect import bisect_right
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
-from data_prep.manifest import FILE_NAME, FileEntry, Manifest, ManifestError, ShardEntry, describe_file, hash_stream
+from data_prep.manifest import FILE_NAME, Manifest, ManifestError, ShardEntry, hash_stream
+from titans_train.data import opened
+from titans_train.data.cache import Cache
 from titans_train.data.errors import DataError
-from titans_train.data.shim import import_streaming
+from titans_train.data.mds import MdsFile, Tokens
+from titans_train.data.remote import Remote, is_remote
+from titans_train.data.verified import REMEDY, VerifiedFiles, read_manifest
 
-REMEDY = "copy the file again from where the data was prepared, or prepare the data again"
-_DOWNLOAD_SECONDS = 300.0
-_REMOTE_ATTEMPTS = 3
+if TYPE_CHECKING:
+    from data_prep.tokenizer import Tokenizer
 
-Tokens = NDArray[np.unsignedinteger[Any]]
-
-
-def is_remote(path: str) -> bool:
-    return "://" in path
+_TRIES = 8  # of a file that others change or remove before it is open
+_REMOTE = Remote()
+_Result = TypeVar("_Result")
 
 
 class ShardStore:
-    """Documents of one split of a prepared folder, local or remote. Cheap to send to another process."""
+    """Documents of one split of a prepared folder, local or remote. Cheap to send to another process.
 
-    def __init__(self, path: str, split: str, cache: Path) -> None:
-        """Read the manifest of `path`; `cache` takes decompressed shards, fetched files and markers.
+    `sources`: names of those read, sorted; their documents follow each other. `documents`, `tokens_total`,
+    `text_bytes`: sums over them. `documents_per_shard` [shards] int64. `fingerprint`: 16 hex digits that change
+    whenever the data does.
+    """
 
-        DataError: no such folder, not a prepared one, or another version.
+    def __init__(
+        self, path: str, split: str, cache: Cache, source: str | None = None, remote: Remote = _REMOTE
+    ) -> None:
+        """Read the manifest of `path`, a folder or URL. `source`: the one to read, None for all.
+
+        DataError: no such folder, not a prepared one, of another version, without that source, or without a shard.
         """
-        self.path = path if is_remote(path) else str(Path(path).expanduser().absolute())
+        self.path = path.rstrip("/") if is_remote(path) else str(Path(path).expanduser().absolute())
         self.split = split
-        text = self._manifest_text(cache)
+        _clean(cache)
+        text = read_manifest(self.path, cache, remote)
         try:
             self.manifest = Manifest.from_text(text, f"{self.path}/{FILE_NAME}")
         except ManifestError as error:
             raise DataError(str(error)) from error
-        self.split = split = f"{split}/text"
-        self.entry = self.manifest.splits[split.partition("/")[0]]["text"]
-        self.fingerprint = text_hash(text)
-        # Named by content, so that one cache folder can serve several data sets, and changed data starts anew.
-        self.cache = cache.expanduser().absolute() / self.fingerprint
-        self._first = np.cumsum([0, *(shard.documents for shard in self.entry.shards)])
-        self._check_present()
+        self.sources = self._choose(source)
+        entries = [self.manifest.splits[split][name] for name in self.sources]
+        self.documents = sum(entry.documents for entry in entries)
+        self.tokens_total = sum(entry.tokens for entry in entries)
+        self.text_bytes = sum(entry.text_bytes for entry in entries)
+        self.fingerprint = text_hash(text if source is None else f"{text}\n{source}")
+        # In the cache by content: one folder serves several data sets, and changed data starts anew.
+        self._files = VerifiedFiles(self.path, text_hash(text), cache, remote)
+        self._shards: list[tuple[str, ShardEntry]] = [
+            (f"{split}/{name}", shard)
+            for name, entry in zip(self.sources, entries, strict=True)
+            for shard in entry.shards
+        ]
+        self.documents_per_shard = np.array([shard.documents for _, shard in self._shards], np.int64)
+        self._first: list[int] = [0, *np.cumsum(self.documents_per_shard).tolist()]
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        self._open: dict[int, Any] = {}  # shard number -> streaming's MDSReader, verified by this process
-        self._lock = threading.Lock()
+        self._identity = f"{cache.folder}/{self.fingerprint}/{split}/{self.path}"  # of the open files of this process
+        self._lengths: NDArray[np.int64] | None = None
+        self._check_present()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lengths": None}
+
+    def _choose(self, source: str | None) -> tuple[str, ...]:
+        known = sorted(self.manifest.splits.get(self.split, {}))
+        if not known:
+            raise DataError(f"{self.path} has no documents in split {self.split}; prepare the data again with more")
+        if source is not None and source not in known:
+            raise DataError(
+                f"{self.path}, split {self.split}, has no source {source!r}; it has {', '.join(known)}: name one of "
+                "these, or prepare the data again"
+            )
+        return tuple(known) if source is None else (source,)
 
     def _check_present(self) -> None:
         """A missing shard of a local folder is refused at once; its content is checked when it is opened."""
         if is_remote(self.path):
             return
-        folder = Path(self.path) / self.split
-        present = set(os.listdir(folder)) if folder.is_dir() else set()
-        missing = [shard.stored.name for shard in self.entry.shards if shard.stored.name not in present]
+        missing = []
+        for source in self.sources:
+            folder = Path(self.path) / self.split / source
+            present = set(os.listdir(folder)) if folder.is_dir() else set()
+            for shard in self.manifest.splits[self.split][source].shards:
+                if shard.stored.name not in present:
+                    missing.append(folder / shard.stored.name)
         if missing:
             more = f" and {len(missing) - 1} more shards" if len(missing) > 1 else ""
-            raise DataError(f"shard {folder}/{missing[0]}{more} is missing; {REMEDY}")
+            raise DataError(f"shard {missing[0]}{more} is missing; {REMEDY}")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
-
-    @property
-    def documents_per_shard(self) -> NDArray[np.int64]:
-        return np.diff(self._first).astype(np.int64)
+    def largest_shards(self, count: int) -> int:
+        """Bytes that the cache must hold to have the `count` largest shards at once; 0 where all are read in place."""
+        remote = is_remote(self.path)
+        cached = [shard for _, shard in self._shards if remote or shard.compressed is not None]
+        sizes = sorted((s.raw.bytes + (s.compressed.bytes if s.compressed else 0) for s in cached), reverse=True)
+        return sum(sizes[:count])
 
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each document, mapped from the verified file. DataError when it disagrees with the manifest."""
-        path = self._verified(self.entry.lengths, self._in_place(self.entry.lengths))
-        lengths: NDArray[np.int64] = np.load(path, mmap_mode="r")
-        if len(lengths) != self.entry.documents or int(lengths.sum()) != self.entry.tokens:
+        """Tokens of each document [documents], its end-of-document token included; mapped where one source is read.
+
+        DataError: a lengths file that disagrees with the manifest.
+        """
+        if self._lengths is None:
+            parts = [self._source_lengths(source) for source in self.sources]
+            self._lengths = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self._lengths
+
+    def _source_lengths(self, source: str) -> NDArray[np.int64]:
+        folder, entry = f"{self.split}/{source}", self.manifest.splits[self.split][source]
+        lengths = _retried(lambda: np.load(self._files.copy(folder, entry.lengths), mmap_mode="r"))
+        if lengths.shape != (entry.documents,) or int(lengths.sum()) != entry.tokens:
             raise DataError(
-                f"{path}: {len(lengths)} documents of {int(lengths.sum())} tokens, the manifest says "
-                f"{self.entry.documents} of {self.entry.tokens}; prepare the data again"
+                f"{self.path}/{folder}/{entry.lengths.name}: {len(lengths)} documents of {int(lengths.sum())} tokens, "
+                f"the manifest says {entry.documents} of {entry.tokens}; prepare the data again"
             )
         return lengths
 
-    def document(self, number: int, length: int) -> Tokens:
-        """All tokens of a document, its end-of-document token included. DataError when they are not `length`."""
-        shard = int(np.searchsorted(self._first, number, side="right")) - 1
-        reader = self._reader(shard)
-        name = self.entry.shards[shard].raw.name
-        try:
-            data = reader.get_item(number - int(self._first[shard]))["tokens"]
-            tokens = np.frombuffer(data, self._dtype)
-        except (OSError, IndexError, ValueError) as error:
-            raise DataError(f"shard {self.split}/{name} changed while the run read it ({error}); {REMEDY}") from error
-        if len(tokens) != length or tokens[-1] != self.manifest.tokenizer.end_of_document:
+    def tokens(self, document: int, begin: int, end: int) -> Tokens:
+        """Tokens [begin, end) of a document, of the manifest's dtype, read-only; nothing else of it is read.
+
+        DataError: a range outside of it, a shard that cannot be trusted, or another length than `lengths` says.
+        """
+        number, index = self._place(document)
+        length = int(self.lengths()[document])
+        if not 0 <= begin < end <= length:
+            raise DataError(f"{self._label(number)}, document {document}: tokens {begin} to {end} of {length}")
+        tokens = self._read(number, document, lambda file: file.tokens(index, begin, end, self._dtype, length))
+        tokenizer = self.manifest.tokenizer
+        if end == length and tokens[-1] != tokenizer.end_of_document:
             raise DataError(
-                f"shard {self.split}/{name}, document {number}: expected {length} tokens that end with "
-                f"{self.manifest.tokenizer.end_of_document}, found {len(tokens)}; {REMEDY}"
+                f"{self._label(number)}, document {document}: its last token is {int(tokens[-1])}, expected "
+                f"{tokenizer.end_of_document}; {REMEDY}"
             )
-        if (largest := int(tokens.max())) >= self.manifest.tokenizer.vocabulary:
+        if (largest := int(tokens.max())) >= tokenizer.vocabulary:
             raise DataError(
-                f"shard {self.split}/{name}, document {number}: token {largest}, expected below "
-                f"{self.manifest.tokenizer.vocabulary}; {REMEDY}"
+                f"{self._label(number)}, document {document}: token {largest}, expected below {tokenizer.vocabulary}; "
+                f"{REMEDY}"
             )
         return tokens
 
-    def _reader(self, number: int) -> Any:
-        with self._lock:
-            if number not in self._open:
-                shard = self.entry.shards[number]
-                if shard.compressed is None:
-                    path = self._verified(shard.raw, self._in_place(shard.raw))
-                else:
-                    path = self._decompressed(shard)
-                self._open[number] = self._mds_reader(shard, path.parent.parent.parent)
-            return self._open[number]
+    def name(self, document: int) -> str:
+        """What a document was called when it was prepared. DataError as `tokens`."""
+        number, index = self._place(document)
+        return self._read(number, document, lambda file: file.name(index))
 
-    def _in_place(self, file: FileEntry) -> Path | None:
-        """Where a file of a local folder lies; None for a remote one."""
-        return None if is_remote(self.path) else Path(self.path) / self.split / file.name
+    def tokenizer(self) -> Tokenizer:
+        """What the documents were made with. DataError or PrepareError: its file disagrees with the manifest."""
+        from data_prep.tokenizer import load_prepared_tokenizer
 
-    def _cached(self, file: FileEntry) -> Path:
-        return self.cache / self.split / file.name
+        if not is_remote(self.path):
+            return load_prepared_tokenizer(Path(self.path))
+        if (file := self.manifest.tokenizer.file) is not None:
+            self._files.copy(".", file)
+        folder = self._files.cache.make() / self._files.name
+        folder.mkdir(exist_ok=True)
+        temporary = self._files.cache.temporary(folder / FILE_NAME)
+        temporary.write_text(self.manifest.to_text(), "utf-8")
+        os.replace(temporary, folder / FILE_NAME)
+        return load_prepared_tokenizer(folder)
 
-    def _verified(self, file: FileEntry, in_place: Path | None) -> Path:
-        """A stored file as it is: a local one where it lies, a remote one in the cache."""
-        with self._guard(file):
-            path = in_place or self._cached(file)
-            if in_place is None and (not path.exists() or self._problem(path, file)):
-                path.unlink(missing_ok=True)
-                self._fetch(f"{self.split}/{file.name}", path)
-            if problem := self._problem(path, file):
-                raise DataError(f"shard file {path} {problem}; {REMEDY}")
-            return path
+    def _place(self, document: int) -> tuple[int, int]:
+        """(number of the shard, document within it)."""
+        if not 0 <= document < self.documents:
+            raise DataError(f"document {document} of {self.path}, split {self.split}, which has {self.documents}")
+        shard = bisect_right(self._first, document) - 1
+        return shard, document - self._first[shard]
 
-    def _decompressed(self, shard: ShardEntry) -> Path:
-        """The raw form of a compressed shard, in the cache. A damaged cached copy is made anew, once."""
-        path = self._cached(shard.raw)
-        with self._guard(shard.raw):
-            if path.exists() and self._problem(path, shard.raw) is None:
-                return path
-            path.unlink(missing_ok=True)
-            self._check_space(shard)
-            self._prepare(shard)
-            if problem := self._problem(path, shard.raw):
-                path.unlink(missing_ok=True)
-                raise DataError(f"shard {self.split}/{shard.raw.name}, decompressed, {problem}; {REMEDY}")
-            return path
+    def _label(self, number: int) -> str:
+        folder, shard = self._shards[number]
+        return f"shard {folder}/{shard.raw.name}"
 
-    def _prepare(self, shard: ShardEntry) -> None:
-        """Fetch and decompress through streaming; explain a failure by looking at the compressed file itself."""
-        assert shard.compressed is not None
-        zipped = self._cached(shard.compressed)
-        zipped.unlink(missing_ok=True)  # left by a killed run: nobody vouches for it
-        stream = import_streaming("streaming").Stream(
-            remote=self.path,
-            local=str(self.cache),
-            split=self.split,
-            download_retry=_REMOTE_ATTEMPTS if is_remote(self.path) else 1,
-            download_timeout=_DOWNLOAD_SECONDS,
-            validate_hash="xxh64",
-            keep_zip=False,
-        )
-        source = f"{self.path}/{self.split}/{shard.compressed.name}"
-        try:
-            stream.prepare_shard(self._mds_reader(shard, self.cache))
-        except Exception as error:  # each storage client and compression library has errors of its own
-            problem = _difference(zipped, shard.compressed) if zipped.exists() else None
-            zipped.unlink(missing_ok=True)
-            if isinstance(error, FileNotFoundError):
-                problem = "is missing"
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise self._no_space(shard) from error
-            detail = problem or f"cannot be read ({type(error).__name__}: {error})"
-            raise DataError(f"shard {source} {detail}; {REMEDY}") from error
-
-    def _check_space(self, shard: ShardEntry) -> None:
-        if shutil.disk_usage(self.cache).free < shard.raw.bytes + shard.stored.bytes:
-            raise self._no_space(shard)
-
-    def _no_space(self, shard: ShardEntry) -> DataError:
-        needed, free = shard.raw.bytes + shard.stored.bytes, shutil.disk_usage(self.cache).free
-        return DataError(
-            f"the disk of the data cache {self.cache} has {free / 1e6:,.1f} MB free, shard {shard.raw.name} needs "
-            f"{needed / 1e6:,.1f} MB; free space or set data.cache to a folder on another disk"
-        )
-
-    def _mds_reader(self, shard: ShardEntry, folder: Path) -> Any:
-        info = import_streaming("streaming.base.format.base.reader").FileInfo
-        raw, zipped = (
-            info(file.name, file.bytes, {"xxh64": file.xxh64}) if file is not None else None
-            for file in (shard.raw, shard.compressed)
-        )
-        return import_streaming("streaming.base.format.mds.reader").MDSReader(
-            dirname=str(folder),
-            split=self.split,
-            column_encodings=["str", "bytes"],
-            column_names=["name", "tokens"],
-            column_sizes=[None, None],
-            compression="zstd" if zipped is not None else None,
-            hashes=["xxh64"],
-            raw_data=raw,
-            samples=shard.documents,
-            size_limit=None,
-            zip_data=zipped,
-        )
-
-    def _guard(self, file: FileEntry) -> FileLock:
-        """One process of a node at a time fetches, decompresses or checks a file; a killed one lets go."""
-        path = self._cached(file)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"cannot make the data cache {path.parent}: {error.strerror}; set data.cache") from error
-        return FileLock(f"{path}.lock")
-
-    def _problem(self, path: Path, file: FileEntry) -> str | None:
-        """None when `path` is as the manifest says (now, or when the marker was written and unchanged since)."""
-        marker = self._cached(file).with_name(file.name + ".checked")
-        try:
-            state = json.dumps([file.xxh64, *_state(path)])
-            if marker.is_file() and marker.read_text("utf-8") == state:
-                return None
-        except OSError:
-            pass  # _difference says what is wrong
-        if (problem := _difference(path, file)) is None:
-            temporary = marker.with_suffix(".new")
-            with contextlib.suppress(OSError):  # without a marker the next process checks again
-                temporary.write_text(state, "utf-8")
-                os.replace(temporary, marker)
-        return problem
-
-    def _manifest_text(self, cache: Path) -> str:
-        remedy = "set data.path to a folder made by python -m data_prep"
-        try:
-            if not is_remote(self.path):
-                return (Path(self.path) / FILE_NAME).read_text("utf-8")
-            target = cache.expanduser().absolute() / f"manifest.{os.getpid()}.json"
-            target.unlink(missing_ok=True)
-            self._fetch(FILE_NAME, target)
-            text = target.read_text("utf-8")
-            target.unlink()
-            return text
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {self.path}/{FILE_NAME} ({error}); {remedy}") from error
-
-    def _fetch(self, name: str, target: Path) -> None:
-        downloader = import_streaming("streaming.base.storage").CloudDownloader
-        source = f"{self.path}/{name}"
-        for attempt in range(1, _REMOTE_ATTEMPTS + 1):
+    def _read(self, number: int, document: int, read: Callable[[MdsFile], _Result]) -> _Result:
+        """From a verified shard that did not change while it was read."""
+        for _ in range(_TRIES):
+            file, error = self._file(number), None
             try:
-                downloader.direct_download(source, str(target), _DOWNLOAD_SECONDS)
-                return
-            except Exception as error:  # each storage client has errors of its own
-                if attempt == _REMOTE_ATTEMPTS:
-                    raise DataError(f"cannot fetch {source} ({type(error).__name__}: {error}); {REMEDY}") from error
+                result = read(file)
+            except (OSError, ValueError) as found:
+                error = found
+            if not file.unchanged():
+                opened.close((self._identity, number))  # to be checked again
+            elif error is not None:
+                raise DataError(f"{self._label(number)}, document {document}: {error}; {REMEDY}") from error
+            else:
+                return result
+        raise DataError(f"{self._label(number)} changes while it is read; {REMEDY}")
+
+    def _file(self, number: int) -> MdsFile:
+        return opened.opened((self._identity, number), lambda: self._open(number))
+
+    def _open(self, number: int) -> tuple[MdsFile, Path]:
+        folder, shard = self._shards[number]
+
+        def verified() -> MdsFile:
+            file = MdsFile(self._files.raw_shard(folder, shard), shard.documents)
+            if not file.is_at(self._files.raw_shard(folder, shard)):
+                raise FileNotFoundError("it is replaced again and again, by other processes")
+            return file
+
+        try:
+            return _retried(verified), self._files.marker(folder, shard.raw)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self._label(number)}: {error}; {REMEDY}") from error
 
 
 def text_hash(text: str) -> str:
@@ -273,21 +224,17 @@ def text_hash(text: str) -> str:
     return hash_stream(io.BytesIO(text.encode("utf-8")))[1]
 
 
-def _state(path: Path) -> list[int]:
-    """Changes when the file was written to or replaced, even where its modification time was put back."""
-    info = path.stat()
-    return [info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino]
+@lru_cache(maxsize=16)
+def _clean(cache: Cache) -> None:
+    """Once per process."""
+    cache.clean()
 
 
-def _difference(path: Path, file: FileEntry) -> str | None:
-    """What is wrong with a file, None when size and hash are as the manifest says."""
-    try:
-        size = path.stat().st_size
-        if size != file.bytes:
-            return f"has {size} bytes, expected {file.bytes}"
-        found = describe_file(path)
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return None if found.xxh64 == file.xxh64 else f"is damaged: xxh64 {found.xxh64}, expected {file.xxh64}"
+def _retried(action: Callable[[], _Result]) -> _Result:
+    """Again when a file was removed or replaced, as to make room in the cache, before it was open."""
+    for _ in range(_TRIES - 1):
+        try:
+            return action()
+        except FileNotFoundError:
+            continue
+    return action()

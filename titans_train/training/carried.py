@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from titans_train.models.attention import AttentionState
@@ -89,15 +88,3 @@ def _from_here(state: ModelState, base: float) -> ModelState:
 
     blocks = [BlockState(moved(b.attention), b.memory) if isinstance(b, BlockState) else b for b in state.blocks]
     return ModelState(tuple(blocks))
-
-
-def with_starts(starts: Tensor | None, continues: Tensor | None, like: Tensor) -> Tensor | None:
-    """Document starts [B, L] in which a row that does not go on begins a document.
-
-    Given `continues`, there are always starts: a state that is not used must still lead to its parameters.
-    """
-    if continues is None:
-        return starts
-    starts = torch.zeros_like(like, dtype=torch.bool) if starts is None else starts.clone()
-    starts[:, 0] |= ~continues
-    return starts

@@ -27,6 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from titans_train.data import RecallDataset, TokenDataset
+from titans_train.data.cursor import Cursor, check_goes_on, read_cursor, record
 from titans_train.errors import UserError
 from titans_train.models import LanguageModel
 from titans_train.parallel import Engine, Mesh, agree, gather
@@ -40,10 +42,19 @@ FILES = {"parameters": "model.safetensors", **{key: f"{key}.safetensors" for key
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run has done: optimiser steps and tokens."""
+    """What a run has done: optimiser steps, and where its data go on."""
 
-    step: int = 0
-    tokens: int = 0
+    step: int
+    cursor: Cursor
+
+    @classmethod
+    def start(cls, plan: Plan) -> Progress:
+        return cls(0, Cursor.constant(plan.config.training.global_batch_size))
+
+    @property
+    def sequences(self) -> int:
+        """Read so far."""
+        return self.cursor.sequences(self.step)
 
 
 def checkpoint_folder(run_directory: Path) -> Path:
@@ -54,7 +65,7 @@ def save(
     engine: Engine,
     plan: Plan,
     progress: Progress,
-    data_fingerprint: str,
+    data: TokenDataset | RecallDataset,
     mesh: Mesh,
     carried: CarriedStates | None = None,
 ) -> Path:
@@ -71,9 +82,10 @@ def save(
     if carried is not None:
         hashes |= dict(pair for pair in gather(agree(lambda: _write_carried(carried, temporary), mesh)) if pair)
     state = {
-        "step": progress.step, "optimizer_step": engine.optimizer_step(), "tokens": progress.tokens,
+        "step": progress.step, "optimizer_step": engine.optimizer_step(),
+        "tokens": progress.sequences * plan.config.training.sequence_length,
         "shape": plan.shape.to_dict(), "config": plan.config.model_dump(mode="json"),
-        "data": data_fingerprint, "files": hashes,
+        "data": record(progress.cursor, data.weights, data.fingerprints), "files": hashes,
     }  # fmt: skip
     agree(lambda: _finish(temporary, path, state, plan.config.checkpoint.keep), mesh, first_only=True)
     return path
@@ -185,28 +197,32 @@ def load_model(path: Path) -> tuple[LanguageModel, dict[str, Any]]:
 
 
 def resume(
-    engine: Engine, plan: Plan, data_fingerprint: str, mesh: Mesh, carried: CarriedStates | None = None
+    engine: Engine,
+    plan: Plan,
+    data: TokenDataset | RecallDataset,
+    mesh: Mesh,
+    carried: CarriedStates | None = None,
 ) -> Progress:
-    """Restores the newest checkpoint of the run on any layout; Progress() if there is none. Collective."""
+    """Restores the newest checkpoint of the run on any layout; the start if there is none. Collective."""
     path = agree(lambda: find_latest(plan.run_directory), mesh, first_only=True)
     if path is None:
-        return Progress()
+        return Progress.start(plan)
     state = json.loads((path / "state.json").read_text())
-    agree(lambda: _check(path, state, plan, data_fingerprint), mesh)
+    agree(lambda: _check(path, state, plan, data), mesh)
     values = {kind: load_file(str(path / name)) for kind, name in FILES.items()}
     engine.load(values, int(state["optimizer_step"]))
     if carried is not None:
         carried.load(path, [name for name in state["files"] if name.startswith("carried-")])
-    return Progress(int(state["step"]), int(state["tokens"]))
+    step = int(state["step"])
+    return Progress(step, read_cursor(state["data"]).going_on(step, plan.config.training.global_batch_size))
 
 
-def _check(path: Path, state: dict[str, Any], plan: Plan, data_fingerprint: str) -> None:
+def _check(path: Path, state: dict[str, Any], plan: Plan, data: TokenDataset | RecallDataset) -> None:
     if ModelShape.from_dict(state["shape"]) != plan.shape:
         theirs, ours = state["shape"], plan.shape.to_dict()
         differing = [f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]
         raise UserError(f"{path} is of another model ({'; '.join(differing)}); choose another run.name")
-    if state["data"] != data_fingerprint:
-        raise UserError(f"{path} was trained on other data than data.path holds now; choose another run.name")
+    check_goes_on(state["data"], data.weights, data.fingerprints, int(state["step"]), str(path))
 
 
 def set_seed(seed: int) -> None:

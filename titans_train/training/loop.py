@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from titans_train.monitoring.console import Console
 from titans_train.monitoring.metrics import Metrics
 from titans_train.monitoring.plot import plot_loss
 from titans_train.monitoring.throughput import measured_peak_flops, peak_memory_bytes
-from titans_train.parallel import Engine, Mesh, agree, make_parts, mean_over_ranks, process_group
+from titans_train.parallel import Engine, Mesh, agree, gather, make_parts, mean_over_ranks, process_group
 from titans_train.parallel.engine import zero_config
 from titans_train.parallel.shards import ShardSettings
 from titans_train.plan import Plan
@@ -77,8 +78,8 @@ def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str,
     agree(lambda: run_folder.write(plan), mesh, first_only=True)
     engine = build_engine(plan, mesh)
     carried = CarriedStates(plan, mesh) if plan.config.training.carry_state else None
-    progress = checkpoint.resume(engine, plan, data.fingerprint, mesh, carried)
-    run = Run(plan, mesh, engine, data, held_out, progress, carried)
+    progress = checkpoint.resume(engine, plan, data, mesh, carried)
+    run = Run(plan, mesh, engine, data.at(progress.cursor), held_out, progress, carried)
     try:
         return run.go(stop_after)
     finally:
@@ -109,6 +110,7 @@ class Window:
 
     started: float
     tokens: int = 0
+    waited: float = 0.0  # for data
 
 
 class Run:
@@ -135,13 +137,26 @@ class Run:
         self.first_step, self.saved_step = progress.step, progress.step
         self.trained_seconds, self.trained_tokens = 0.0, 0
 
+    @property
+    def tokens(self) -> int:
+        """Trained on since the run began."""
+        return self.progress.sequences * self.config.training.sequence_length
+
     def go(self, stop_after: int | None) -> dict[str, Any]:
         steps = self.config.training.steps
         stop = steps if stop_after is None else min(steps, self.progress.step + stop_after)
         self.console.say(self._greeting())
-        batches = loader(self.data, self.plan, self.mesh.data_rank, self.progress.step)
+        mesh, progress = self.mesh, self.progress
+        batches = loader(self.data, self.plan, mesh.data_rank, progress.step, progress.cursor, mesh.sequence_rank)
+        if progress.step < stop:
+            first = agree(lambda: next(batches), mesh)  # what cannot be read at all ends the start on every rank alike
+            batches = itertools.chain([first], batches)
+            self.window = Window(time.perf_counter())
         while self.progress.step < stop:
-            self._one_step(next(batches))
+            started = time.perf_counter()
+            step_batches = next(batches)
+            self.window.waited += time.perf_counter() - started
+            self._one_step(step_batches)
         if self.saved_step < self.progress.step:
             self._save()
         if stop < steps:
@@ -167,7 +182,7 @@ class Run:
             watching = recording(self.engine.model)
         with watching as records:
             result = train_step(self.engine, batches, rate, carried=self.carried)
-        self.progress = Progress(step, self.progress.tokens + self.plan.tokens_per_step)
+        self.progress = Progress(step, self.progress.cursor)
         self.window.tokens += self.plan.tokens_per_step
         if logs:
             self._log(result, rate, records)
@@ -188,11 +203,12 @@ class Run:
             self.trained_tokens + self.window.tokens,
         )
         figures: dict[str, Any] = {
-            "loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": self.progress.tokens,
+            "loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": self.tokens,
             "tokens_per_second": speed,
             "mfu": speed * self.plan.flops_per_token / (self.peak_flops * self.plan.world_size),
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(), "data_wait": max(gather(self.window.waited)) / seconds,
         }  # fmt: skip
+        figures |= self.data.figures(self.progress.sequences)
         figures |= layer_figures(records, self.mesh)
         if self.metrics is not None:
             self.metrics.write(self.progress.step, figures)
@@ -208,7 +224,7 @@ class Run:
         training, watch = self.config.training, self.config.monitoring
         figures = validate(self.engine, self.held_out, watch.validation_sequences, training.micro_batch_size, self.mesh)
         if self.metrics is not None:
-            self.metrics.write(self.progress.step, {"tokens": self.progress.tokens, **figures})
+            self.metrics.write(self.progress.step, {"tokens": self.tokens, **figures})
         per_byte = figures.get("validation_bits_per_byte")
         rest = "" if per_byte is None else f", {per_byte:.4f} bits per byte"
         self.console.say(f"step {self.progress.step}: validation loss {figures['validation_loss']:.4f}{rest}")
@@ -235,7 +251,7 @@ class Run:
         self.window = Window(time.perf_counter())
 
     def _save(self) -> None:
-        checkpoint.save(self.engine, self.plan, self.progress, self.data.fingerprint, self.mesh, self.carried)
+        checkpoint.save(self.engine, self.plan, self.progress, self.data, self.mesh, self.carried)
         self.saved_step = self.progress.step
         self.window = Window(time.perf_counter())
 
@@ -250,7 +266,7 @@ class Run:
         last = [line for line in lines if "loss" in line][-1:]
         figures |= {
             "steps": self.progress.step,
-            "tokens": self.progress.tokens,
+            "tokens": self.tokens,
             "loss": last[0]["loss"] if last else None,
         }
         if self.trained_seconds:

@@ -15,10 +15,13 @@ from titans_train.config import RunConfig, dump_config
 from titans_train.errors import UserError
 from titans_train.plan import Plan
 
-# May change when a run goes on: how it is laid out, what it reports, how long it lasts.
+# May change when a run goes on: how it is laid out, what it reports, how long it lasts, where its data lie. The batch
+# size and the sources' weights may from the next step on; a checkpoint knows which data it has read (data/cursor.py).
 FREE = {
     "parallel", "checkpoint", "monitoring", "run.folder", "run.name", "data.workers", "data.cache",
-    "training.steps", "training.micro_batch_size", "training.activation_checkpointing",
+    "data.cache_limit_gib", "data.timeout_seconds", "data.remote_timeout_seconds", "data.path", "data.sources",
+    "data.weights_from", "training.steps", "training.global_batch_size", "training.micro_batch_size",
+    "training.activation_checkpointing",
 }  # fmt: skip
 
 
@@ -46,7 +49,11 @@ def check(plan: Plan) -> None:
     """Refuses a folder of another run. Changes nothing."""
     folder, record = plan.run_directory, plan.run_directory / "plan.json"
     if record.exists():
-        differing = differences(json.loads(record.read_text())["config"], plan.config)
+        theirs = json.loads(record.read_text())["config"]
+        differing = differences(theirs, plan.config)
+        had, has = theirs["training"]["global_batch_size"], plan.config.training.global_batch_size
+        if had != has and plan.config.training.carry_state:
+            differing.append(f"training.global_batch_size: {had} there, {has} here, but its rows carry their state")
         if differing:
             raise UserError(
                 f"{folder} holds a run with other settings:\n  - " + "\n  - ".join(differing)

@@ -19,7 +19,7 @@ from titans_train.models.parts import Parts
 from titans_train.models.state import ModelState
 from titans_train.parallel import Engine, Mesh, sum_over_data
 from titans_train.parallel.launch import device
-from titans_train.training.carried import CarriedStates, with_starts
+from titans_train.training.carried import CarriedStates
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,9 @@ class StepResult:
 
 
 def own_share(batch: Batch, parts: Parts) -> Batch:
-    """This rank's shard of every row."""
-    starts = with_starts(batch.document_starts, batch.continues, batch.tokens)
-    own = None if starts is None else parts.shard(starts)
-    return Batch(parts.shard(batch.tokens), parts.shard(batch.labels), own, batch.sample_ids, batch.continues)
+    """This rank's shard of a batch of whole sequences; what `loader` gives is cut already."""
+    starts = None if batch.document_starts is None else parts.shard(batch.document_starts)
+    return Batch(parts.shard(batch.tokens), parts.shard(batch.labels), starts, batch.sample_ids)
 
 
 def to_device(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -58,13 +57,12 @@ def train_step(
     before_update: Callable[[], None] | None = None,
     carried: CarriedStates | None = None,
 ) -> StepResult:
-    """Forward, backward and update for this rank's micro-batches of one step.
+    """Forward, backward and update for this rank's micro-batches of one step, each with its shard of the rows.
 
     before_update: called when the whole gradient is there, before clipping (parity checks read it).
     carried: the states that rows go on from, replaced by those that they end with.
     """
     parts: Parts = engine.model.parts  # type: ignore[assignment]
-    batches = [own_share(batch, parts) for batch in batches]
     valid = valid_tokens(batches, engine.mesh)
     scale = (engine.loss_scale() / valid.clamp_min(1)).float()
     total = torch.zeros((), dtype=torch.float64, device=device())

@@ -6,12 +6,13 @@ import math
 
 import torch
 
-from titans_train.data import Batch, RecallDataset, TokenDataset
+from titans_train.data import RecallDataset, TokenDataset
+from titans_train.data.loader import collect
 from titans_train.data.sample import IGNORE
 from titans_train.models.parts import Parts
 from titans_train.parallel import Engine, Mesh, sum_over_data
 from titans_train.parallel.launch import device
-from titans_train.training.step import forward, own_share
+from titans_train.training.step import forward
 
 
 def validate(
@@ -27,11 +28,14 @@ def validate(
     totals = torch.zeros(2, dtype=torch.float64, device=device())
     engine.model.eval()
     parts: Parts = engine.model.parts  # type: ignore[assignment]
+    length = dataset.length // mesh.sequence
+    shard = (mesh.sequence_rank * length, (mesh.sequence_rank + 1) * length)
     with torch.no_grad():
         for first in range(0, share, micro_batch):
             within = range(first, first + micro_batch)
             numbers = [mesh.data_rank * share + i if i < share else count for i in within]
-            batch = own_share(_batch(dataset, numbers, count), parts)
+            batch = collect(dataset, [min(n, count - 1) for n in numbers], *shard)
+            batch.labels[torch.tensor([n >= count for n in numbers])] = IGNORE
             totals[0] += forward(engine, batch)[0].double()
             parts.finish()
             totals[1] += int((batch.labels != IGNORE).sum())
@@ -42,11 +46,3 @@ def validate(
     if dataset.bytes_per_token:
         figures["validation_bits_per_byte"] = loss / math.log(2) / dataset.bytes_per_token
     return figures
-
-
-def _batch(dataset: TokenDataset | RecallDataset, numbers: list[int], count: int) -> Batch:
-    samples = [dataset.sequence(min(n, count - 1)) for n in numbers]
-    labels = torch.stack([s.labels for s in samples])
-    labels[torch.tensor([n >= count for n in numbers])] = IGNORE
-    starts = [s.document_starts for s in samples if s.document_starts is not None]
-    return Batch(torch.stack([s.tokens for s in samples]), labels, torch.stack(starts) if starts else None, numbers)

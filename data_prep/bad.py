@@ -1,0 +1,77 @@
+"""Records that are no document: how many are too many, and what is kept of them for people."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.durable import whole_file
+from data_prep.errors import PrepareError
+from data_prep.prefix import Prefix
+from data_prep.records import EMPTY
+from data_prep.sources import Unit
+from data_prep.units import WHOLE_FILE, UnitRecord, lines_before, read_rejected
+
+FILE_NAME = "rejected.jsonl"
+JUDGED_FROM = 10_000  # records; fewer are judged when all are read
+
+
+def rejected_records(
+    folder: Path, units: Sequence[Unit], records: Sequence[UnitRecord], last_after: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """file (its name), path, line in it (null for a whole file), reason, detail and excerpt, in input order.
+
+    `last_after`: of the last unit only what lies before its document of that number.
+    """
+    befores = lines_before(units, records)
+    for number, (unit, record, before) in enumerate(zip(units, records, befores, strict=False), start=1):
+        for item in read_rejected(folder, record):
+            if number == len(records) and last_after is not None and item["after"] > last_after:
+                return
+            file, line = item["file"], item["line"]
+            yield {
+                "file": unit.files[file].name, "path": unit.files[file].path,
+                "line": None if line == WHOLE_FILE else line + before[file],
+                **{key: item[key] for key in ("reason", "detail", "excerpt")},
+            }  # fmt: skip
+
+
+def place(item: dict[str, Any], key: str = "file") -> str:
+    """file:line, or path:line."""
+    return str(item[key]) if item["line"] is None else f"{item[key]}:{item['line']}"
+
+
+def check_share(folder: Path, units: Sequence[Unit], prefix: Prefix, limit: float, final: bool) -> None:
+    """PrepareError when more than `limit` of the records so far are bad. `final`: these are all there are.
+
+    Empty ones are left out of the sum: nothing is lost with them.
+    """
+    counts = prefix.rejected - Counter({EMPTY: prefix.rejected[EMPTY]})
+    total = prefix.documents + counts.total()
+    if not (final or total >= JUDGED_FROM) or counts.total() <= limit * total:
+        return
+    reason, count = counts.most_common(1)[0]
+    example = next(item for item in rejected_records(folder, units, prefix.records) if item["reason"] == reason)
+    read = "records" if final else "records read so far"
+    raise PrepareError(
+        f"{counts.total():,} of {total:,} {read} are bad, a share of {counts.total() / total:.3g}; at most {limit:g} "
+        f"may be (--max-bad-share). Most often ({count:,} times): {reason}, as in {place(example, 'path')}: "
+        f"{example['detail']}. Mend the input, or run again with a higher --max-bad-share"
+    )
+
+
+def write_rejected(
+    path: Path, folder: Path, units: Sequence[Unit], records: Sequence[UnitRecord], last_after: int | None
+) -> dict[str, dict[str, Any]]:
+    """Write all of them to `path`, a JSON line each. Return reason -> records, and place and detail of the first."""
+    found: dict[str, dict[str, Any]] = {}
+    with whole_file(path) as stream:
+        for item in rejected_records(folder, units, records, last_after):
+            del item["path"]  # of this machine only
+            first = {"records": 0, "first": place(item), "detail": item["detail"]}
+            found.setdefault(item["reason"], first)["records"] += 1
+            stream.write(json.dumps(item, sort_keys=True).encode("utf-8") + b"\n")
+    return dict(sorted(found.items()))

@@ -1,0 +1,157 @@
+"""The documents of a unit, in order, and the records that are none, in memory that does not grow with the files.
+
+Bad content is a `Rejected`; a storage that does not answer, or a file that has changed since it was found, ends the
+reading with a PrepareError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import IO, Any
+
+from data_prep.errors import PrepareError
+from data_prep.pieces import READ_BYTES, Piece, pieces, start_of
+from data_prep.records import (
+    REASONS,
+    TOO_LONG,
+    UNREADABLE_FILE,
+    Document,
+    ReadSettings,
+    Refusal,
+    Rejected,
+    check_source,
+    check_text,
+    decode,
+    excerpt,
+    parse_line,
+    too_long,
+)
+from data_prep.sources import SourceFile, Unit
+from data_prep.storage import StorageError, StorageFile, decompress, open_input
+from data_prep.table import rows
+
+__all__ = ["REASONS", "Document", "ReadSettings", "Rejected", "UnitReader", "read_unit"]
+
+_BOM = b"\xef\xbb\xbf"
+_LINE_BYTES = 2  # of JSON per byte of text, at most: escapes; what is left holds the other fields
+
+
+class UnitReader(Iterator["Document | Rejected"]):
+    """An iterator over a unit's records.
+
+    At its end `lines` holds how many lines, rows or documents each of the unit's files has in it. Blank lines of JSON
+    Lines are counted and otherwise passed over.
+    """
+
+    def __init__(self, unit: Unit, settings: ReadSettings) -> None:
+        self.lines = [0] * len(unit.files)
+        self._unit, self._settings = unit, settings
+        self._records = self._read_all()
+
+    def __next__(self) -> Document | Rejected:
+        return next(self._records)
+
+    def _read_all(self) -> Iterator[Document | Rejected]:
+        for index, file in enumerate(self._unit.files):
+            with open_input(file.path) as opened:
+                if opened.size != file.bytes:
+                    raise PrepareError(
+                        f"{file.path} has {opened.size:,} bytes now, it had {file.bytes:,} when it was found; "
+                        "let nothing write it and run again"
+                    )
+                if file.kind == "parquet":
+                    yield from self._rows(index, file, opened)
+                elif file.is_one_document(self._settings.separator):
+                    self.lines[index] = 1
+                    yield _whole(index, file, opened, self._settings)
+                else:
+                    yield from self._pieces(index, file, opened)
+
+    def _range(self, file: SourceFile) -> tuple[int, int]:
+        return (self._unit.begin, self._unit.end) if len(self._unit.files) == 1 else (0, file.bytes)
+
+    def _rows(self, index: int, file: SourceFile, opened: StorageFile) -> Iterator[Document | Rejected]:
+        for number, (text, source) in rows(opened, *self._range(file), self._settings):
+            self.lines[index] = number
+            try:
+                if isinstance(text, Refusal):
+                    raise text
+                document = Document(number, index, check_text(text, self._settings), check_source(source))
+            except Refusal as refusal:
+                yield _rejected(number, index, refusal, text)
+            else:
+                yield document
+
+    def _pieces(self, index: int, file: SourceFile, opened: StorageFile) -> Iterator[Document | Rejected]:
+        """The lines of JSON Lines, or the documents between separators."""
+        lines = file.kind == "lines"
+        separator = b"\n" if lines else str(self._settings.separator).encode("utf-8")
+        limit = self._settings.max_document_bytes * (_LINE_BYTES if lines else 1)
+        begin, end = self._range(file)
+        position = start_of(begin, separator)
+        opened.seek(position)
+        stream = decompress(opened, file.compression)
+        found = pieces(stream.read, separator, limit, position, begin, None if file.compression else end)
+        number = 0
+        try:
+            for number, piece in enumerate(found, start=1):
+                self.lines[index] = number
+                blank = not piece.data or piece.data.isspace()
+                if not (blank and (lines or (piece.last and piece.begin > 0))):
+                    yield _parse(number, index, piece, lines, limit, self._settings)
+        except StorageError:
+            raise
+        except OSError as error:
+            yield Rejected(number + 1, index, UNREADABLE_FILE, f"damaged from here on: {error}", "")
+
+
+def read_unit(unit: Unit, settings: ReadSettings | None = None) -> UnitReader:
+    """The documents of a unit and what was rejected, in order.
+
+    PrepareError: a file has changed since it was found. StorageError: a file cannot be opened or read.
+    """
+    return UnitReader(unit, settings or ReadSettings())
+
+
+def _parse(
+    number: int, index: int, piece: Piece, is_line: bool, limit: int, settings: ReadSettings
+) -> Document | Rejected:
+    data = piece.data.removeprefix(_BOM) if piece.begin == 0 else piece.data
+    try:
+        if piece.too_long:
+            raise Refusal(TOO_LONG, f"more than {limit:,} bytes")
+        text, source = parse_line(data, settings) if is_line else (check_text(decode(data), settings), None)
+        return Document(number, index, text, source)
+    except Refusal as refusal:
+        return _rejected(number, index, refusal, data)
+
+
+def _whole(index: int, file: SourceFile, opened: StorageFile, settings: ReadSettings) -> Document | Rejected:
+    """A file that is one document."""
+    limit = settings.max_document_bytes + len(_BOM)
+    data = b""
+    try:
+        if file.compression is None and file.bytes > limit:
+            raise too_long(file.bytes, settings)
+        data = _read_up_to(decompress(opened, file.compression), limit + 1)
+        if len(data) > limit:
+            raise Refusal(TOO_LONG, f"more than {settings.max_document_bytes:,} bytes")
+        return Document(1, index, check_text(data.removeprefix(_BOM), settings), None)
+    except Refusal as refusal:
+        return _rejected(1, index, refusal, data)
+    except StorageError:
+        raise
+    except OSError as error:
+        return Rejected(1, index, UNREADABLE_FILE, f"damaged: {error}", "")
+
+
+def _read_up_to(stream: IO[bytes], size: int) -> bytes:
+    blocks = []
+    while size > 0 and (block := stream.read(min(size, READ_BYTES))):
+        blocks.append(block)
+        size -= len(block)
+    return b"".join(blocks)
+
+
+def _rejected(line: int, index: int, refusal: Refusal, content: Any) -> Rejected:
+    return Rejected(line, index, refusal.reason, refusal.detail, excerpt(content))

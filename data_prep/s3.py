@@ -1,0 +1,53 @@
+"""The S3 client: endpoint, region and credentials as the AWS tools take them, with limits on waiting."""
+
+from __future__ import annotations
+
+import functools
+import os
+from urllib.parse import urlsplit
+
+import boto3
+import pyarrow.fs as pafs
+
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")
+_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
+# Together under a minute where nothing answers.
+_CONNECT_SECONDS, _REQUEST_SECONDS, _ATTEMPTS = 5, 10, 4
+
+
+def client(bucket: str) -> pafs.S3FileSystem:
+    """The client for a bucket under today's environment; the same one within a process as long as that stays."""
+    endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
+    region = os.environ.get("AWS_REGION") or boto3.Session().region_name
+    if not region and not endpoint:
+        region = _region_of(bucket)
+    anonymous = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("true", "yes", "1") and not credentials_exist()
+    credentials = tuple(os.environ.get(name) for name in _CREDENTIALS)
+    return _client(os.getpid(), endpoint, region, anonymous, credentials)
+
+
+def credentials_exist() -> bool:
+    """Whether AWS credentials are found anywhere (environment, files, sign-on, instance)."""
+    return boto3.Session().get_credentials() is not None
+
+
+@functools.cache
+def _region_of(bucket: str) -> str:
+    return str(pafs.resolve_s3_region(bucket))
+
+
+@functools.cache
+def _client(
+    process: int, endpoint: str | None, region: str | None, anonymous: bool, credentials: tuple[str | None, ...]
+) -> pafs.S3FileSystem:
+    """`process` and `credentials` only tell clients apart: the client looks for its credentials by itself."""
+    address = urlsplit(endpoint) if endpoint else None
+    return pafs.S3FileSystem(
+        anonymous=anonymous,
+        region=region,
+        scheme=address.scheme if address else "https",
+        endpoint_override=address.netloc if address else None,
+        connect_timeout=_CONNECT_SECONDS,
+        request_timeout=_REQUEST_SECONDS,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+    )

@@ -1,0 +1,252 @@
+"""Files by path or URL: local disk and S3 (also its work-alikes), through pyarrow's file systems.
+
+Every failure of listing, opening, reading or writing is a StorageError with the path and the remedy. S3 clients are
+made on first use, one per process and setting, and never at import: they do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from data_prep.s3 import client
+from data_prep.storage_errors import StorageError, describe
+
+BLOCK_BYTES = 4 << 20  # of one read or write: S3 answers each read with one request
+Compression = Literal["gzip", "zstd"]
+_S3 = "s3://"
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    path: str  # local path or URL
+    bytes: int
+    mtime_ns: int
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def join(base: str, *parts: str) -> str:
+    """`base` and the parts with one slash between each."""
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def absolute(path: str) -> str:
+    """The path from the root of the disk, or the URL without a last slash."""
+    return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def locate(path: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a path or s3:// URL, and the path inside it.
+
+    The S3 endpoint is AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or S3_ENDPOINT_URL; credentials and region come from the
+    usual AWS environment and files. Without credentials AWS_NO_SIGN_REQUEST=true reads public buckets.
+    """
+    if not is_remote(path):
+        return pafs.LocalFileSystem(), absolute(path)
+    inner = path.removeprefix(_S3).rstrip("/")
+    bucket = inner.partition("/")[0]
+    if not path.startswith(_S3) or not bucket:
+        raise StorageError(f"{path}: not a known address; known are local paths and s3://BUCKET/KEY")
+    with _translated(path):
+        return client(bucket), inner
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder is there."""
+    files, inner = locate(path)
+    with _translated(path):
+        return files.get_file_info(inner).type != pafs.FileType.NotFound
+
+
+def list_files(path: str, skipped_folders: Collection[str] = ()) -> list[FileInfo]:
+    """The file itself, or all files below a folder, sorted by path.
+
+    Names that start with "." and folders named in `skipped_folders` are left out below the folder; local links to
+    folders are not followed.
+    """
+    files, inner = locate(path)
+    with _translated(path):
+        root = files.get_file_info(inner)
+        if root.type == pafs.FileType.NotFound:
+            raise FileNotFoundError(path)
+        if root.type == pafs.FileType.File:
+            return [FileInfo(absolute(path), root.size, root.mtime_ns)]
+        found = _list_s3(files, inner, skipped_folders) if is_remote(path) else _list_local(inner, skipped_folders)
+        return sorted(found, key=lambda info: info.path)
+
+
+class StorageFile(io.RawIOBase):
+    """A file of `size` bytes, open for reading at any position; use it as a context."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        files, inner = locate(path)
+        with _translated(path):
+            self._file = files.open_input_file(inner)
+            self.size: int = self._file.size()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with _translated(self._path):
+            self._file.seek(offset, whence)
+            return self.tell()
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Up to `size` bytes, all that is left for -1; b"" at the end."""
+        with _translated(self._path):
+            data: bytes = self._file.read(None if size is None or size < 0 else size)
+            return data
+
+    def readinto(self, buffer: Any, /) -> int:
+        with _translated(self._path):
+            return int(self._file.readinto(buffer))
+
+    def close(self) -> None:
+        super().close()
+        if hasattr(self, "_file"):
+            self._file.close()
+
+
+def open_input(path: str) -> StorageFile:
+    """A file for reading at any position."""
+    return StorageFile(path)
+
+
+@contextlib.contextmanager
+def open_stream(path: str, compression: Compression | None = None) -> Iterator[IO[bytes]]:
+    """A file for reading from begin to end, decompressed; damaged content as in `decompress`."""
+    with open_input(path) as file:
+        yield decompress(file, compression)
+
+
+def decompress(file: StorageFile, compression: Compression | None) -> IO[bytes]:
+    """The content of an open file from begin to end.
+
+    Reading damaged content raises an OSError that is no StorageError. zstd windows go up to 128 MiB (--long=27).
+    """
+    stream: Any = io.BufferedReader(file, BLOCK_BYTES)
+    if compression is None:
+        return cast(IO[bytes], stream)
+    # The library passes a StorageError on as it is because it reads through a Python file.
+    return cast(IO[bytes], pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), compression))
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole content of a small file."""
+    with open_input(path) as file:
+        return file.read()
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a small file, whole or not at all; folders above it are made."""
+    _write(path, io.BytesIO(data), len(data))
+
+
+def upload(local: Path, path: str) -> None:
+    """Copy a local file of any size to a path or URL, whole or not at all; folders above it are made."""
+    with _translated(str(local)):
+        stream = local.open("rb")
+    with stream:
+        _write(path, stream, os.fstat(stream.fileno()).st_size)
+
+
+def delete(path: str) -> None:
+    """Remove a file; nothing happens where there is none."""
+    files, inner = locate(path)
+    with _translated(path), contextlib.suppress(FileNotFoundError):
+        files.delete_file(inner)
+
+
+@contextlib.contextmanager
+def _translated(path: str) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        no_bucket = isinstance(error, FileNotFoundError) and is_remote(path) and not _bucket_exists(path)
+        raise StorageError(describe(path, error, no_bucket)) from error
+
+
+def _write(path: str, source: IO[bytes], size: int) -> None:
+    with _translated(path):
+        if is_remote(path):
+            _write_s3(path, source, size)
+        else:
+            _write_local(Path(path).expanduser(), source)
+
+
+def _write_local(path: Path, source: IO[bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as target:
+            shutil.copyfileobj(source, target, BLOCK_BYTES)
+            os.fchmod(target.fileno(), 0o644)
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _write_s3(path: str, source: IO[bytes], size: int) -> None:
+    files, inner = locate(path)
+    try:
+        with files.open_output_stream(inner) as target:
+            shutil.copyfileobj(source, target, BLOCK_BYTES)
+        if (stored := files.get_file_info(inner).size) != size:
+            raise StorageError(f"{path}: {stored} bytes arrived, {size} were sent; run again")
+    except BaseException:
+        # Closing the stream completes the object with what was written so far.
+        with contextlib.suppress(OSError):
+            files.delete_file(inner)
+        raise
+
+
+def _list_local(root: str, skipped_folders: Collection[str]) -> Iterator[FileInfo]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(root, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped_folders]
+        for name in names:
+            path = Path(folder, name)
+            if not name.startswith(".") and path.is_file():
+                state = path.stat()
+                yield FileInfo(str(path), state.st_size, state.st_mtime_ns)
+
+
+def _list_s3(files: pafs.FileSystem, root: str, skipped_folders: Collection[str]) -> Iterator[FileInfo]:
+    for info in files.get_file_info(pafs.FileSelector(root, recursive=True)):
+        parts = info.path.removeprefix(root).strip("/").split("/")
+        if info.is_file and not any(part.startswith(".") for part in parts) and not {*parts[:-1]} & {*skipped_folders}:
+            yield FileInfo(_S3 + info.path, info.size, info.mtime_ns)
+
+
+def _bucket_exists(path: str) -> bool:
+    files, inner = locate(path)
+    with _translated(path):
+        return bool(files.get_file_info(inner.partition("/")[0]).type != pafs.FileType.NotFound)

@@ -1,0 +1,75 @@
+"""What the processes of the cache's tests do."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+from tests.data.folders import QUICK, read_all
+from titans_train.data.cache import Cache
+from titans_train.data.shards import ShardStore
+
+NOBODY = 65534
+
+
+def processes() -> BaseContext:
+    """Processes that start with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.data.workers"])
+    return context
+
+
+def result(answers: Any, action: Callable[..., object], *args: object) -> None:
+    """Put what `action` returns, or the text of its error, into a queue."""
+    try:
+        answers.put(action(*args))
+    except Exception as error:
+        answers.put(f"{type(error).__name__}: {error}")
+
+
+def read_again_and_again(path: Path, cache: Cache, rounds: int) -> list[list[int]]:
+    """All tokens, which must be the same in each round; each round opens what was removed in between."""
+    found: list[list[int]] | None = None
+    for number in range(rounds):
+        store = ShardStore(str(path), "train", Cache(cache.root / ".." / cache.root.name, cache.limit), None, QUICK)
+        store._identity += f"/{number}"  # as of a new process
+        read = read_all(store)
+        assert found is None or read == found
+        found = read
+    assert found is not None
+    return found
+
+
+def open_at_once(path: Path, cache: Cache, together: Any) -> int:
+    """The inode of the first shard's raw form, opened by all processes at the same time."""
+    store = ShardStore(str(path), "train", cache, None, QUICK)
+    together.wait()
+    store.tokens(0, 0, 1)
+    (raw,) = cache.folder.glob("*/train/text/shard.00000.mds")
+    return raw.stat().st_ino
+
+
+def as_user(user: int, action: Callable[..., object], *args: object) -> object:
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+    return action(*args)
+
+
+def read_as(path: Path, cache: Cache) -> tuple[int, list[list[int]]]:
+    """(files removed at the start, all tokens)."""
+    return cache.clean(), read_all(ShardStore(str(path), "train", cache, None, QUICK))
+
+
+def write_half(cache: Cache, started: Any) -> None:
+    """Be in the middle of making a shard, until killed."""
+    target = cache.folder / "data" / "shard.00000.mds"
+    with cache.lock("shard"), cache.room(1000):
+        cache.temporary(target).write_bytes(b"half")
+        started.set()
+        time.sleep(600)

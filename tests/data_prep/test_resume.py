@@ -1,0 +1,175 @@
+"""A run that ends on the way, however it ends: nothing is lost, nothing is doubled, no process stays."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.data_prep.runs import OPTIONS, content, prepare, start, wait_for, wait_until_gone, write_corpus
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
+
+
+@pytest.fixture(scope="module")
+def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a run that nothing stopped has written."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert prepare(texts, folder) == 0
+    return content(folder)
+
+
+def units(work: Path) -> int:
+    return len(list((work / "units").glob("*.json")))
+
+
+def shards(work: Path) -> int:
+    return len(list((work / "shards").rglob("*.json")))
+
+
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "at the start": lambda work: work.is_dir(),
+    "while the first units are read": lambda work: units(work) >= 1,
+    "in the middle of tokenising": lambda work: units(work) >= 6,
+    "before the last units": lambda work: units(work) >= 11,
+    "with the first shard": lambda work: shards(work) >= 1,
+    "before the last shards": lambda work: shards(work) >= 20,
+    "when the manifest is written": lambda work: (work / "output" / "report.md").exists(),
+}
+
+
+def test_kills_at_any_moment_change_nothing(texts: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    work = tmp_path / ".out.partial"
+    for moment, reached in MOMENTS.items():
+        process = start(texts, tmp_path / "out", "--workers", "2")
+        wait_for(lambda reached=reached: reached(work), process)  # type: ignore[misc]
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, moment
+        wait_until_gone(process.pid)
+        assert not (tmp_path / "out").exists()
+    assert prepare(texts, tmp_path / "out") == 0
+    assert content(tmp_path / "out") == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_to_all_processes_ends_them_and_says_how_to_go_on(
+    number: signal.Signals, texts: Path, whole: dict[str, bytes], tmp_path: Path, capsys: Capture
+) -> None:
+    """As Ctrl-C in a terminal, or a batch system that ends a job."""
+    process = start(texts, tmp_path / "out", "--workers", "2")
+    wait_for(lambda: units(tmp_path / ".out.partial") >= 4, process)
+    os.killpg(process.pid, number)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert error == (
+        f"data_prep: stopped; what is done is kept in {tmp_path / '.out.partial'}: run the same command again to go "
+        "on\n"
+    )
+    wait_until_gone(process.pid)
+    capsys.readouterr()
+    assert prepare(texts, tmp_path / "out") == 0
+    assert " of 12 units were tokenised before" in capsys.readouterr().out
+    assert content(tmp_path / "out") == whole
+
+
+def test_a_full_disk_keeps_what_is_done(texts: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Here no file may grow beyond 100 kilobytes, less than a unit's tokens."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    command = [sys.executable, "-B", "-m", "data_prep", "--input", str(texts), "--output", str(tmp_path / "out")]
+    done = subprocess.run([*command, *OPTIONS], preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "File too large; what is done is kept in" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert prepare(texts, tmp_path / "out") == 0
+    assert content(tmp_path / "out") == whole
+
+
+def stopped(texts: Path, output: Path, reached: Callable[[Path], bool]) -> Path:
+    """The working folder of a run that was killed."""
+    work = output.parent / f".{output.name}.partial"
+    process = start(texts, output, "--workers", "2")
+    wait_for(lambda: reached(work), process)
+    process.kill()
+    process.communicate()
+    wait_until_gone(process.pid)
+    return work
+
+
+def test_damaged_intermediates_are_made_anew(texts: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Tokens, table and rejected records of three units: cut short, and with another byte."""
+    work = stopped(texts, tmp_path / "out", lambda work: units(work) >= 8)
+    tokens, documents, rejected = (
+        sorted((work / "units").glob(f"*.{kind}"))[number] for number, kind in enumerate(("tokens", "documents", "json"))
+    )
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    data = bytearray(documents.read_bytes())
+    data[0] ^= 1
+    documents.write_bytes(data)
+    rejected.write_text(rejected.read_text()[:-10])
+    other = sorted((work / "units").glob("*.tokens"))[3]
+    data = bytearray(other.read_bytes())
+    data[100] ^= 1
+    other.write_bytes(data)
+    assert prepare(texts, tmp_path / "out") == 0
+    assert content(tmp_path / "out") == whole
+
+
+def test_lost_shards_are_made_anew(texts: Path, whole: dict[str, bytes], tmp_path: Path, capsys: Capture) -> None:
+    work = stopped(texts, tmp_path / "out", lambda work: shards(work) >= 9)
+    first, second = sorted((work / "output").rglob("*.zstd"))[:2]
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1])
+    count = shards(work)
+    assert prepare(texts, tmp_path / "out") == 0
+    assert f"\n{count - 2} of " in capsys.readouterr().out
+    assert content(tmp_path / "out") == whole
+
+
+def test_work_of_other_settings_is_refused_and_can_be_thrown_away(
+    texts: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    work = stopped(texts, tmp_path / "out", lambda work: units(work) >= 2)
+    assert prepare(texts, tmp_path / "out", "--seed", "1") == 2
+    error = capsys.readouterr().err
+    assert f"{work} holds unfinished work of other settings or another input (seed 0, now 1)" in error
+    assert "--restart to throw it away" in error and units(work) >= 2
+    assert prepare(texts, tmp_path / "out", "--seed", "1", "--restart") == 0
+    assert "tokenised before" not in capsys.readouterr().out
+    assert prepare(texts, tmp_path / "other", "--seed", "1") == 0
+    assert content(tmp_path / "out") == content(tmp_path / "other")
+
+
+def test_the_working_folder_may_lie_elsewhere(texts: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    process = start(texts, tmp_path / "a" / "out", "--work", str(tmp_path / "b" / "work"), "--workers", "2")
+    wait_for(lambda: units(tmp_path / "b" / "work") >= 3, process)
+    process.kill()
+    process.communicate()
+    wait_until_gone(process.pid)
+    assert prepare(texts, tmp_path / "a" / "out", "--work", str(tmp_path / "b" / "work")) == 0
+    assert content(tmp_path / "a" / "out") == whole
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.parent.name in "ab") == ["out"]
+
+
+def test_a_foreign_working_folder_is_left_alone(texts: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("precious")
+    for more in ((), ("--restart",)):
+        assert prepare(texts, tmp_path / "out", "--work", str(tmp_path / "thesis"), *more) == 2
+        assert "holds something else; name an empty folder" in capsys.readouterr().err
+    assert (tmp_path / "thesis" / "thesis.txt").read_text() == "precious"

@@ -1,0 +1,153 @@
+"""The tokens that reach the model are the same on every layout and over every kill: real processes, real kills.
+
+One run of one process is the reference. Another run is killed (SIGKILL) again and again, in the middle of a shard, at
+the end of a source's epoch and at the change of the weights, and goes on each time on other ranks and reader processes.
+Compared are hashes of the tensors that `LanguageModel.forward` was given, row by row, of every step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from tests.data.corpus import mixed_config, prepare_sources
+from tests.torchrun import ROOT, torchrun
+from titans_train.config import RunConfig, dump_config, load_config
+from titans_train.data import TokenDataset, open_dataset
+
+WORKER = str(Path(__file__).with_name("elastic_worker.py"))
+STEPS, BATCH, LENGTH, CHANGE = 24, 4, 256, 17
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = prepare_sources(tmp_path_factory.mktemp("sources"))
+    shards = sum(len(list(path.glob("train/text/shard.*"))) for path in found.values())
+    assert len(found) == 3 and shards >= 20
+    return found
+
+
+def config_of(folders: dict[str, Path], runs: Path, packing: str) -> RunConfig:
+    mixed = mixed_config(
+        folders, runs, CHANGE, packing=packing, length=LENGTH, micro=1, steps=STEPS, batch=BATCH, seed=5
+    )
+    changed = mixed.model_dump(mode="json")
+    changed["checkpoint"] |= {"every": 1}
+    changed["monitoring"] |= {"validation_sequences": 4, "peak_flops": 1e9, "tensorboard": False}
+    return RunConfig.model_validate(changed)
+
+
+def write(config: RunConfig, path: Path) -> Path:
+    path.write_text(dump_config(config))
+    return path
+
+
+def run(config: Path, out: Path, ranks: int, kill: int = 0, victim: int = -1, *overrides: str) -> None:
+    """Trains to the end, or until it is killed at step `kill`."""
+    arguments = [WORKER, str(config), str(out), str(kill), str(victim), *overrides]
+    if ranks == 1:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment())
+    else:
+        done = torchrun(ranks, *arguments)
+    assert (done.returncode != 0) == (kill > 0), done.stderr[-3000:]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def given(out: Path, sequence: int = 1, tensor: int = 1) -> dict[int, list[str]]:
+    """For each step the hashes of the rows of its global batch, in order, of what the model was given last.
+
+    Ranks come as tensor within sequence within data: tensor ranks were all given the same, and the parts of sequence
+    ranks are put together.
+    """
+    rows: dict[int, dict[int, list[tuple[list[int], list[int], list[bool]]]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted(out.parent.glob(f"{out.name}-*.jsonl")):
+        for line in path.read_text().splitlines():
+            found = json.loads(line)
+            starts = found["starts"] or [[]] * len(found["tokens"])
+            rows[found["step"]][found["rank"]] += zip(found["tokens"], found["labels"], starts, strict=True)
+    return {step: _global(ranks, sequence, tensor) for step, ranks in sorted(rows.items())}
+
+
+def _global(ranks: dict[int, list[tuple[list[int], list[int], list[bool]]]], sequence: int, tensor: int) -> list[str]:
+    hashes = []
+    for first in range(0, len(ranks), sequence * tensor):
+        group = [ranks[first + n] for n in range(sequence * tensor)]
+        for n in range(0, len(group), tensor):
+            assert all(other == group[n] for other in group[n : n + tensor])
+        for parts in zip(*group[::tensor], strict=True):
+            joined = [sum(column, []) for column in zip(*parts, strict=True)]
+            hashes.append(hashlib.sha256(json.dumps(joined).encode()).hexdigest())
+    return hashes
+
+
+@pytest.fixture(scope="module", params=["concatenate", "isolate"])
+def reference(
+    request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunConfig, dict[int, list[str]]]:
+    """A config, and what the model of one process was given in an uninterrupted run of it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = config_of(folders, folder / "runs", request.param)
+    run(write(config, folder / "config.yaml"), folder / "out", 1)
+    found = given(folder / "out")
+    assert list(found) == list(range(1, STEPS + 1)) and all(len(rows) == BATCH for rows in found.values())
+    assert len({row for rows in found.values() for row in rows}) > 0.9 * STEPS * BATCH
+    return config, found
+
+
+def kills(config: RunConfig) -> list[int]:
+    """Steps to be killed in: in the middle of a shard, at an epoch's end, at the change of weights, and others."""
+    dataset = open_dataset(config)
+    assert isinstance(dataset, TokenDataset)
+    numbers = [n for n in range(STEPS * BATCH) if dataset.place(n)[1] == dataset.place(n)[0].sequences]
+    epoch_end = numbers[0] // BATCH + 1  # the step in which a source begins its second epoch
+    middle = 4
+    stream, place = dataset.place((middle - 1) * BATCH)
+    document = stream.pieces(place)[0].document
+    borders = set(stream.store.documents_per_shard.cumsum().tolist())
+    assert 0 < document and not {document, document + 1} & borders  # neither the first nor the last of its shard
+    change = CHANGE + 1
+    assert 1 < middle < epoch_end < change < 20
+    return [middle, epoch_end, change, 20, 21, 22]  # fewer layouts are killed fewer times
+
+
+# (ranks, reader processes, sequence shards, tensor ranks), one after the other
+LAYOUTS = {
+    "concatenate": [(1, 0, 1, 1), (2, 2, 1, 1), (4, 0, 1, 1), (1, 2, 1, 1), (4, 2, 2, 2), (4, 2, 1, 1), (2, 0, 1, 1)],
+    "isolate": [(2, 0, 1, 1), (4, 2, 2, 2), (1, 2, 1, 1), (4, 0, 1, 1)],
+}
+
+
+def test_killed_and_resumed_on_every_layout_the_model_is_given_the_same(
+    reference: tuple[RunConfig, dict[int, list[str]]], tmp_path: Path
+) -> None:
+    config, expected = reference
+    changed = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(tmp_path / "runs")})})
+    path = write(changed, tmp_path / "config.yaml")
+    done = 0
+    layouts = LAYOUTS[config.data.packing]
+    ends = [*kills(config)[: len(layouts) - 1], 0]
+    for part, ((ranks, workers, sequence, tensor), kill) in enumerate(zip(layouts, ends, strict=True)):
+        out = tmp_path / f"out{part}"
+        victim = ranks - 1 if part % 2 else -1
+        layout = [f"parallel.sequence={sequence}", f"parallel.tensor={tensor}"]
+        run(path, out, ranks, kill, victim, f"data.workers={workers}", *layout)
+        found = given(out, sequence, tensor)
+        # A step in which only one rank was killed may have reached the models of the others.
+        whole = {step: rows for step, rows in found.items() if len(rows) == BATCH and step != kill}
+        assert whole, f"ranks {ranks}, workers {workers}: no step"
+        assert min(whole) == max(done, 1) and max(whole) == (kill - 1 if kill else STEPS)
+        for step, rows in whole.items():
+            assert rows == expected[step], f"ranks {ranks}, workers {workers}, step {step}"
+        done = kill
+    assert done == 0

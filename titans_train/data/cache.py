@@ -1,0 +1,226 @@
+"""The folder of fetched and decompressed files: one part per user, with a limit, and clean after killed processes.
+
+    <root>/u<uid>/<data set>/<split>/<source>/shard.00000.mds  shard.00000.mds.checked   (marker: `checked`)
+    <root>/u<uid>/locks/…   flock-based: the kernel lets go of them with the process that held them
+
+A file gets its final name when it is complete and verified. What is being made carries its maker's stamp (host,
+process, start time) in its name, so that whatever a killed process left is known to be nobody's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import xxhash
+from filelock import FileLock
+
+from titans_train.data.errors import DataError
+
+MARKER = ".checked"
+_LOCKS = 256  # files; two shards may share one
+_FOREIGN_SECONDS = 24 * 3600  # how long what another host is making stays
+_WAIT_SECONDS = 600.0  # for room that other processes are filling
+_STAMP = re.compile(r"\.(?:part|room-(?P<bytes>\d+))~(?P<host>[0-9a-f]{16})-(?P<pid>\d+)-(?P<started>\d+)-")
+_GIB = 2**30
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """`root`: may be shared by users. `limit`: bytes that this user's files may take, None for no limit.
+
+    Before a file is made, the least recently used ones go, whichever data set they belong to. A process that has a
+    removed file open keeps it until it closes it.
+    """
+
+    root: Path
+    limit: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        """This user's part."""
+        return self.root.expanduser().absolute() / f"u{os.getuid()}"
+
+    def make(self) -> Path:
+        """This user's part, which now exists. DataError: it cannot be made, or belongs to another user."""
+        folder = self.folder
+        try:
+            if not folder.is_dir():
+                _make_shared(folder.parent)
+                folder.mkdir(mode=0o700, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                ours = os.fstat(probe.fileno()).st_uid == folder.lstat().st_uid
+        except OSError as error:
+            raise DataError(
+                f"cannot write to the data cache {folder}: {error.strerror}; give write permission (chmod 1777 "
+                f"{folder.parent} lets several users share it), or set data.cache to another folder"
+            ) from error
+        if not ours or folder.is_symlink():
+            raise DataError(
+                f"the data cache {folder} belongs to user {folder.lstat().st_uid}, this process runs as "
+                f"{os.getuid()}; set data.cache to another folder"
+            )
+        return folder
+
+    def clean(self) -> int:
+        """Remove what killed processes left half made; the number of files. What a living process makes stays."""
+        removed = 0
+        for entry in _files(self.make()):
+            if (match := _STAMP.search(entry.name)) and not _living(match, entry):
+                Path(entry.path).unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+    def lock(self, key: str) -> FileLock:
+        """One process of this user at a time works on `key`, and waits here for the others. Hold one key at a time."""
+        return self._lock_file(f"{xxhash.xxh64_intdigest(key) % _LOCKS:03}")
+
+    def _lock_file(self, name: str) -> FileLock:
+        folder = self.make() / "locks"
+        folder.mkdir(exist_ok=True)
+        return FileLock(folder / name)
+
+    def temporary(self, path: Path) -> Path:
+        """A name beside `path` for what will become it; its folder now exists."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.with_name(f"{path.name}.part~{_stamp()}")
+
+    def check_room(self, needed: int) -> None:
+        """DataError when `needed` bytes, used at the same time, are more than the limit."""
+        if self.limit is not None and needed > self.limit:
+            raise DataError(
+                f"data.cache_limit_gib {self.limit / _GIB:.4g} is less than the {needed / _GIB:.4g} GiB of data that "
+                f"are in use at the same time; raise it to at least {needed / _GIB * 1.05:.4g}, or lower data.workers"
+            )
+
+    @contextlib.contextmanager
+    def room(self, needed: int) -> Iterator[None]:
+        """Room for files of `needed` bytes, kept until they have their final names. DataError: there is none."""
+        self.check_room(needed)
+        note = self._reserve(needed) if self.limit is not None else None
+        try:
+            if (free := shutil.disk_usage(self.folder).free) < needed:
+                raise DataError(
+                    f"the disk of the data cache {self.folder} has {free / 1e6:,.1f} MB free, a shard needs "
+                    f"{needed / 1e6:,.1f} MB; free space, set data.cache to a folder on another disk, or set "
+                    "data.cache_limit_gib, which keeps the cache small"
+                )
+            yield
+        finally:
+            if note is not None:
+                note.unlink(missing_ok=True)
+
+    def _reserve(self, needed: int) -> Path:
+        deadline = time.monotonic() + _WAIT_SECONDS
+        note = self.make() / f".room-{needed}~{_stamp()}"
+        while True:
+            with self._lock_file("room"):
+                if self._evict(needed):
+                    note.touch()
+                    return note
+            if time.monotonic() > deadline:
+                raise DataError(
+                    f"other processes have filled the data cache {self.folder} for {_WAIT_SECONDS:.0f} s: its limit of "
+                    f"{(self.limit or 0) / _GIB:.4g} GiB leaves no {needed / 1e6:,.1f} MB; raise data.cache_limit_gib"
+                )
+            time.sleep(random.uniform(0.02, 0.1))
+
+    def _evict(self, needed: int) -> bool:
+        """Remove least recently used files until `needed` bytes fit; False when others are filling the room."""
+        assert self.limit is not None
+        files, used, total = [], {}, needed
+        for entry in _files(self.folder):
+            match = _STAMP.search(entry.name)
+            if match is not None:  # half made files count with what was reserved for them
+                total += int(match["bytes"] or 0) if _living(match, entry) else 0
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                info = entry.stat()
+                total += info.st_size
+                if entry.name.endswith(MARKER):
+                    used[entry.path.removesuffix(MARKER)] = info.st_mtime
+                else:
+                    files.append((entry.path, info.st_size, info.st_mtime))
+        files.sort(key=lambda file: used.get(file[0], file[2]))
+        for path, size, _ in files:
+            if total <= self.limit:
+                break
+            Path(path).unlink(missing_ok=True)
+            Path(path + MARKER).unlink(missing_ok=True)
+            total -= size
+        return total <= self.limit
+
+
+def _make_shared(root: Path) -> None:
+    """Like /tmp: everybody may make a folder in it, nobody may remove another's. It never exists half open."""
+    if root.is_dir():
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    made = tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent)
+    os.chmod(made, 0o1777)
+    try:
+        os.rename(made, root)
+    except OSError:
+        os.rmdir(made)
+        if not root.is_dir():  # else another process was first
+            raise
+
+
+def _files(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+    """All files below a folder; what vanishes meanwhile is left out."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(entry.path)
+            else:
+                yield entry
+
+
+def _stamp() -> str:
+    return f"{host()}-{os.getpid()}-{_started(os.getpid())}-{next(_numbers)}"
+
+
+def _living(stamp: re.Match[str], entry: os.DirEntry[str]) -> bool:
+    """Whether the process that made a file may still be at work on it."""
+    if stamp["host"] == host():
+        return _started(int(stamp["pid"])) == int(stamp["started"])
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - entry.stat().st_mtime < _FOREIGN_SECONDS
+    return False
+
+
+@lru_cache(maxsize=1)
+def host() -> str:
+    """Names this host since it started, and its space of process numbers: a container is another host."""
+    return xxhash.xxh64_hexdigest(f"{host_name()}/{boot()}/{os.readlink('/proc/self/ns/pid')}")
+
+
+def host_name() -> str:
+    return socket.gethostname()
+
+
+@lru_cache(maxsize=1)
+def boot() -> str:
+    """Another one each time that this host starts."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in clock ticks since the host did; None when it does not run."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in b"ZX" else int(fields[19])

@@ -1,0 +1,102 @@
+"""Read pieces of documents from one raw MDS file of mosaicml-streaming, with columns name: str and tokens: bytes.
+
+uint32 samples | uint32 offsets [samples + 1] | JSON of the columns | samples
+a sample: uint32 bytes of the name | uint32 bytes of the tokens | name | tokens          (all little-endian)
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.unsignedinteger[Any]]
+_HEADER = 8
+
+
+class MdsFile:
+    """One open file. Never mapped: a file that was cut is an error, not a signal. Closed with its last reference."""
+
+    def __init__(self, path: Path, documents: int) -> None:
+        """OSError: cannot be read. ValueError: the table of offsets is not that of `documents` samples."""
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.path = path
+        info = os.fstat(self._descriptor)
+        self._state = _state(info)
+        table = np.frombuffer(self._read(0, 4 * (documents + 2)), "<u4")
+        self._offsets = table[1:].copy()
+        if int(table[0]) != documents or not check_offsets(table[1:], info.st_size):
+            raise ValueError(f"expected {documents} documents, its table says {table[0]}, or its offsets are wrong")
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def unchanged(self) -> bool:
+        """Whether nobody has written to the file since it was opened."""
+        now = _state(os.fstat(self._descriptor))
+        return now == self._state or (now[3] == 0 and now[:3] == self._state[:3])
+
+    def is_at(self, path: Path) -> bool:
+        """Whether this is the file that `path` names now, unchanged. OSError: there is none."""
+        return _state(path.stat()) == self._state
+
+    def removed(self) -> bool:
+        """Whether the file has no name any more, so that its bytes are free when it is closed."""
+        return os.fstat(self._descriptor).st_nlink == 0
+
+    def length(self, index: int, itemsize: int) -> int:
+        """Tokens of document `index`, of `itemsize` bytes each. ValueError: the header contradicts the table."""
+        return self._sizes(index)[2] // itemsize
+
+    def name(self, index: int) -> str:
+        """The name a document was prepared under."""
+        begin, size, _ = self._sizes(index)
+        return self._read(begin + _HEADER, size).decode("utf-8")
+
+    def tokens(self, index: int, begin: int, end: int, dtype: np.dtype[Any], length: int | None = None) -> Tokens:
+        """Tokens [begin, end) of document `index`; no other bytes of it are read.
+
+        ValueError: it has fewer tokens than `end`, or others than `length` of them.
+        """
+        place, name, size = self._sizes(index)
+        if length is not None and size != length * dtype.itemsize:
+            raise ValueError(f"expected {length} tokens, found {size / dtype.itemsize:g}")
+        if not 0 <= begin <= end or end * dtype.itemsize > size:
+            raise ValueError(f"tokens {begin} to {end} of document {index}, which has {size // dtype.itemsize}")
+        first = place + _HEADER + name + begin * dtype.itemsize
+        return np.frombuffer(self._read(first, (end - begin) * dtype.itemsize), dtype)
+
+    def _sizes(self, index: int) -> tuple[int, int, int]:
+        """(offset of the sample, bytes of the name, bytes of the tokens)."""
+        begin, end = int(self._offsets[index]), int(self._offsets[index + 1])
+        header = self._read(begin, _HEADER)
+        name, tokens = int.from_bytes(header[:4], "little"), int.from_bytes(header[4:], "little")
+        if begin + _HEADER + name + tokens != end:
+            raise ValueError(f"document {index} says {name} + {tokens} bytes, the table {end - begin - _HEADER} in all")
+        return begin, name, tokens
+
+    def _read(self, offset: int, size: int) -> bytes:
+        data = os.pread(self._descriptor, size, offset)
+        while len(data) < size:
+            more = os.pread(self._descriptor, size - len(data), offset + len(data))
+            if not more:
+                raise ValueError(f"it ends at byte {offset + len(data)}, expected {offset + size} or more")
+            data += more
+        return data
+
+
+def _state(info: os.stat_result) -> tuple[int, int, int, int]:
+    """Changes when a file is written to, even where its modification time is put back; not when it is removed."""
+    return info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns if info.st_nlink else 0
+
+
+def check_offsets(offsets: NDArray[np.uint32], size: int) -> bool:
+    """Whether a table of offsets leads through a file of `size` bytes in order, to its end."""
+    if len(offsets) == 0 or int(offsets[-1]) != size or int(offsets[0]) < 4 * (len(offsets) + 1):
+        return False
+    return bool((np.diff(offsets.astype(np.int64)) >= _HEADER).all())

@@ -1,0 +1,94 @@
+"""The verb `show-data`: a global batch in words, as the model sees it, with the borders of its documents."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.tokenizer import Tokenizer
+from titans_train.data.cursor import Cursor, read_cursor
+from titans_train.data.dataset import TokenDataset, open_dataset
+from titans_train.data.sample import IGNORE
+from titans_train.data.source import SourceStream
+from titans_train.errors import UserError
+
+if TYPE_CHECKING:
+    from titans_train.config.schema import RunConfig
+
+
+def main(args: Sequence[str]) -> int:
+    from titans_train.config import load_config
+    from titans_train.plan import resolve_shape
+
+    parser = argparse.ArgumentParser(prog="python -m titans_train show-data", description=__doc__)
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--step", type=int, default=1, help="which optimiser step's batch, counted from 1")
+    parser.add_argument("--rows", type=int, help="show the first so many rows (default: all)")
+    parser.add_argument("--characters", type=int, default=400, help="of each document's text (default: 400; 0: all)")
+    options = parser.parse_intermixed_args(list(args))
+    config = load_config(options.config, options.overrides)
+    if options.step < 1:
+        raise UserError(f"--step is {options.step}; the first step is 1")
+    dataset = open_dataset(config, "train", resolve_shape(config).document_alignment)
+    if not isinstance(dataset, TokenDataset):
+        raise UserError(
+            "data.source is recall, whose tokens stand for no text; choose a config with data.source shards"
+        )
+    cursor = _cursor(config, options.step)
+    numbers = cursor.batch(options.step - 1)
+    shown = numbers if options.rows is None else numbers[: options.rows]
+    print(f"step {options.step}: sequences {numbers.start} to {numbers.stop - 1} of the run, {len(shown)} shown")
+    for line in lines(dataset.at(cursor), shown, options.characters):
+        print(line)
+    return 0
+
+
+def _cursor(config: RunConfig, step: int) -> Cursor:
+    """Of the run's newest checkpoint, since its batch size may have changed; else as if it began now."""
+    size = config.training.global_batch_size
+    checkpoints = sorted((Path(config.run.folder) / config.run.name / "checkpoints").glob("step-????????/state.json"))
+    if not checkpoints:
+        return Cursor.constant(size)
+    state = json.loads(checkpoints[-1].read_text("utf-8"))
+    cursor = read_cursor(state["data"])
+    return cursor.going_on(int(state["step"]), size) if step > int(state["step"]) else cursor
+
+
+def lines(dataset: TokenDataset, numbers: Sequence[int], characters: int) -> Iterator[str]:
+    """Text of these sequences; of each document at most so many characters, 0 for all."""
+    tokenizer = next(iter(dataset.sources.values())).store.tokenizer()
+    for row, number in enumerate(numbers):
+        stream, place = dataset.place(number)
+        yield ""
+        yield (
+            f"row {row}: sequence {number}, of source {stream.name} (its sequence {place}, "
+            f"epoch {place // stream.sequences + 1})"
+        )
+        yield from _sequence(stream, place, tokenizer, characters)
+
+
+def _sequence(stream: SourceStream, place: int, tokenizer: Tokenizer, characters: int) -> Iterator[str]:
+    sample = stream.sequence(place)
+    for piece in stream.pieces(place):
+        first, last = piece.position, min(piece.position + piece.end - piece.begin, len(sample.tokens))
+        if last <= first:
+            continue  # only a label
+        begins = "begins" if piece.begin == 0 else "goes on"
+        ends = ", ends" if piece.begin + last - first == piece.length else ""
+        start = (
+            ", the model starts afresh" if sample.document_starts is not None and sample.document_starts[first] else ""
+        )
+        yield (
+            f"  [{first}, {last}) {stream.store.name(piece.document)}: {begins}{ends} (tokens {piece.begin} to "
+            f"{piece.begin + last - first - 1} of {piece.length}){start}"
+        )
+        text = tokenizer.decode(sample.tokens[first:last].tolist())
+        cut = text if characters == 0 or len(text) <= characters else f"{text[:characters]} …"
+        yield from (f"    | {line}" for line in cut.splitlines())
+    unlabelled = int((sample.labels == IGNORE).sum())
+    if unlabelled:
+        yield f"  {unlabelled} of {len(sample.labels)} positions have no label (padding and documents' ends)"

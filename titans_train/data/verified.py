@@ -1,0 +1,164 @@
+"""The files of a prepared folder, local or remote: only such as agree with the manifest in size and hash.
+
+mosaicml-streaming's own preparing of shards is not used: it only logs a bad one. What is wrong is raised here, in the
+calling thread. A file in the cache gets its name when it has been checked, so a half or a damaged one has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import zstandard
+
+from data_prep.manifest import FILE_NAME, FileEntry, ShardEntry
+from titans_train.data.cache import MARKER, Cache
+from titans_train.data.checked import difference, problem, remembered
+from titans_train.data.errors import DataError
+from titans_train.data.remote import Remote, is_remote
+
+REMEDY = "copy the file again from where the data was prepared, or prepare the data again"
+_FETCHES = 3  # of an object whose content is wrong: a fault of the transfer heals, a damaged object does not
+_BLOCK_BYTES = 1 << 20
+
+
+def read_manifest(path: str, cache: Cache, remote: Remote) -> str:
+    """The text of a folder's manifest, fetched anew where it is remote. DataError: there is none."""
+    if not is_remote(path):
+        try:
+            return (Path(path) / FILE_NAME).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"cannot read {path}/{FILE_NAME} ({error}); set data.path to a folder made by python -m data_prep"
+            ) from error
+    target = cache.temporary(cache.make() / FILE_NAME)
+    try:
+        remote.fetch(f"{path}/{FILE_NAME}", target)
+        return target.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}/{FILE_NAME} is not a manifest ({error}); prepare the data again") from error
+    finally:
+        target.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class VerifiedFiles:
+    """`path`: the prepared folder, or its URL. `name`: of its part of the cache; another one for other content.
+
+    `folder` is a split and source, as train/text, in all methods.
+    """
+
+    path: str
+    name: str
+    cache: Cache
+    remote: Remote
+
+    def raw_shard(self, folder: str, shard: ShardEntry) -> Path:
+        """A shard ready to be read. DataError names the shard, what was expected and what was found."""
+        if shard.compressed is None and not is_remote(self.path):
+            return self._in_place(folder, shard.raw)
+        return self._cached(folder, shard.raw, lambda target: self._make_shard(folder, shard, target), shard)
+
+    def copy(self, folder: str, file: FileEntry) -> Path:
+        """A stored file in the cache, where nobody cuts it while it is mapped. DataError as `raw_shard`."""
+        return self._cached(folder, file, lambda target: self._bring(folder, file, target))
+
+    def marker(self, folder: str, file: FileEntry) -> Path:
+        """What remembers that a file was checked; its time says when it was used."""
+        return self._place(folder, file).with_name(file.name + MARKER)
+
+    def _place(self, folder: str, file: FileEntry) -> Path:
+        return self.cache.folder / self.name / folder / file.name
+
+    def _in_place(self, folder: str, file: FileEntry) -> Path:
+        path, marker = Path(self.path) / folder / file.name, self.marker(folder, file)
+        if remembered(path, file, marker):
+            return path
+        with self.cache.lock(str(marker)):
+            if found := problem(path, file, marker, self.cache):
+                raise DataError(f"shard file {path} {found}; {REMEDY}")
+        return path
+
+    def _cached(
+        self, folder: str, file: FileEntry, make: Callable[[Path], None], shard: ShardEntry | None = None
+    ) -> Path:
+        """A file of the cache: the one that is there if it is good, else a new one, which `make` writes."""
+        target, marker = self._place(folder, file), self.marker(folder, file)
+        if remembered(target, file, marker):
+            return target
+        with self.cache.lock(str(target)):
+            if target.exists() and problem(target, file, marker, self.cache) is None:
+                return target
+            target.unlink(missing_ok=True)
+            partial = self.cache.temporary(target)
+            try:
+                with self._room(file.bytes + (shard.compressed.bytes if shard and shard.compressed else 0)):
+                    make(partial)
+                    os.replace(partial, target)
+                problem(target, file, marker, self.cache)  # remembers it
+            finally:
+                partial.unlink(missing_ok=True)
+        return target
+
+    def _make_shard(self, folder: str, shard: ShardEntry, target: Path) -> None:
+        """Write the raw form of a shard."""
+        if shard.compressed is None:
+            self._bring(folder, shard.raw, target)
+            return
+        zipped = self.cache.temporary(target.with_name(shard.compressed.name))
+        try:
+            self._bring(folder, shard.compressed, zipped)
+            _decompress(zipped, target, shard.raw.bytes)
+        except zstandard.ZstdError as error:
+            raise DataError(
+                f"shard {self.path}/{folder}/{shard.compressed.name} cannot be decompressed ({error}); {REMEDY}"
+            ) from error
+        finally:
+            zipped.unlink(missing_ok=True)
+        if found := difference(target, shard.raw):
+            raise DataError(f"shard {folder}/{shard.raw.name}, decompressed, {found}; {REMEDY}")
+
+    def _bring(self, folder: str, file: FileEntry, target: Path) -> None:
+        """A checked copy of a stored file at `target`."""
+        source = f"{self.path}/{folder}/{file.name}"
+        if not is_remote(self.path):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                shutil.copyfile(source, target)
+            if found := difference(target, file):
+                raise DataError(f"shard file {source} {found}; {REMEDY}")
+            return
+        for _ in range(_FETCHES):
+            self.remote.fetch(source, target)
+            if (found := difference(target, file)) is None:
+                return
+        raise DataError(f"shard file {source}, fetched {_FETCHES} times, {found}; {REMEDY}")
+
+    @contextlib.contextmanager
+    def _room(self, needed: int) -> Iterator[None]:
+        with self.cache.room(needed):
+            try:
+                yield
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise DataError(
+                    f"the disk of the data cache {self.cache.folder} is full ({error.strerror}), {needed / 1e6:,.1f} "
+                    "MB are needed; free space, set data.cache to another disk, or set data.cache_limit_gib"
+                ) from error
+
+
+def _decompress(zipped: Path, target: Path, size: int) -> None:
+    """Write the content of a zstd file, at most a block more than `size` bytes of it."""
+    with (
+        zipped.open("rb") as source,
+        target.open("wb") as out,
+        zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True) as reader,
+    ):
+        written = 0
+        while written <= size and (block := reader.read(_BLOCK_BYTES)):
+            written += out.write(block)
