@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.errors import PrepareError
 from data_prep.sources import SourceFile, Unit
 from data_prep.units import WHOLE_FILE, Rows, UnitRecord, lines_before, read_rows
 
 BYTES_PER_DOCUMENT = 110  # of the main process's memory while it arranges: measured, with the sorting
-MAX_SOURCES = 1000
 
 Array = NDArray[Any]
 
@@ -47,16 +45,8 @@ class Columns:
 def load_columns(
     folder: Path, units: Sequence[Unit], records: Sequence[UnitRecord], files: Sequence[SourceFile]
 ) -> tuple[Columns, tuple[Array, Array]]:
-    """From the units' tables; and the two halves of the documents' hashes.
-
-    PrepareError where the documents name too many sources.
-    """
+    """From the units' tables; and the two halves of the documents' hashes."""
     names = sorted({name for record in records for name in record.sources})
-    if len(names) > MAX_SOURCES:
-        raise PrepareError(
-            f"the documents name {len(names):,} sources ({names[0]!r}, {names[1]!r} ...), at most {MAX_SOURCES:,} "
-            "are possible, each a folder of shards; name a field with fewer values with --source-field, or leave it out"
-        )
     source_index = {name: index for index, name in enumerate(names)}
     file_index = {file.path: index for index, file in enumerate(files)}
     parts: list[dict[str, Array]] = []

@@ -62,4 +62,9 @@ class Job:
         if self.workers is not None:
             return self.workers
         size = space.text_bytes(self.files, self.settings.max_bytes)
-        return min(os.cpu_count() or 1, 1 + size // _WORTH_A_WORKER)
+        return min(_cpus(), 1 + size // _WORTH_A_WORKER)
+
+
+def _cpus() -> int:
+    """That this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,11 +14,12 @@ import signal
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,6 +49,7 @@ class Pool:
     workers: int
     listen: Listener
     peak_bytes: int = 0  # resident memory of the largest worker so far
+    cpu: dict[int, float] = field(default_factory=dict)  # process -> CPU seconds of its tasks, starting included
 
     def run(
         self,
@@ -71,8 +73,9 @@ class Pool:
         counts, counter = context.Pipe(duplex=False)
         executor = ProcessPoolExecutor(workers, context, _begin, (life, counter))
         try:
-            for result, peak in _in_flight(executor, function, tasks, 2 * workers, lambda: self._drain(counts)):
-                self.peak_bytes = max(self.peak_bytes, peak)
+            for result, cost in _in_flight(executor, function, tasks, 2 * workers, lambda: self._drain(counts)):
+                self.peak_bytes = max(self.peak_bytes, cost.peak_bytes)
+                self.cpu[cost.process] = cost.cpu_seconds
                 yield result
         except BrokenProcessPool as error:
             raise PrepareError(
@@ -90,9 +93,8 @@ class Pool:
         before, _send = _send, self.listen
         try:
             for task in tasks:
-                result, peak = _measured(function, task)
-                self.peak_bytes = max(self.peak_bytes, peak)
-                yield result
+                yield function(task)
+            self.peak_bytes = max(self.peak_bytes, peak_memory())
         finally:
             _send = before
 
@@ -105,10 +107,10 @@ class Pool:
 def _in_flight(
     executor: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Iterable[Task], limit: int,
     drain: Callable[[], None],
-) -> Iterator[tuple[Result, int]]:  # fmt: skip
+) -> Iterator[tuple[Result, _Cost]]:  # fmt: skip
     """Keeps `limit` tasks handed out, so that what is queued stays small and ends soon when it is not wanted."""
     left = iter(tasks)
-    pending: set[Future[tuple[Result, int]]] = set()
+    pending: set[Future[tuple[Result, _Cost]]] = set()
     while True:
         with _signals_held_back():  # inherited by the workers that `submit` starts
             for task in itertools.islice(left, limit - len(pending)):
@@ -145,8 +147,17 @@ def _end_with(life: Connection) -> None:
     os._exit(1)
 
 
-def _measured(function: Callable[[Task], Result], task: Task) -> tuple[Result, int]:
-    return function(task), peak_memory()
+@dataclass(frozen=True)
+class _Cost:
+    """Of a worker process so far."""
+
+    process: int
+    cpu_seconds: float
+    peak_bytes: int
+
+
+def _measured(function: Callable[[Task], Result], task: Task) -> tuple[Result, _Cost]:
+    return function(task), _Cost(os.getpid(), time.process_time(), peak_memory())
 
 
 def peak_memory() -> int:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+from data_prep.errors import PrepareError
 from data_prep.units import UnitRecord
+
+MAX_SOURCES = 1000
 
 
 class Prefix:
@@ -14,6 +17,7 @@ class Prefix:
         self.records: list[UnitRecord] = []
         self.documents = self.text_bytes = 0
         self.rejected: Counter[str] = Counter()  # by reason
+        self.sources: set[str] = set()
         self._max_bytes = max_bytes
         self._waiting: dict[int, UnitRecord] = {}
 
@@ -32,4 +36,15 @@ class Prefix:
             self.documents += following.document_count
             self.text_bytes += following.text_bytes
             self.rejected.update(following.rejected_counts)
+            self.sources.update(following.sources)
         return len(self.records) > before
+
+    def check_sources(self) -> None:
+        """PrepareError where the documents name too many sources."""
+        if len(self.sources) > MAX_SOURCES:
+            first, second = sorted(self.sources)[:2]
+            raise PrepareError(
+                f"the documents name {len(self.sources):,} sources ({first!r}, {second!r} ...), at most "
+                f"{MAX_SOURCES:,} are possible, each a folder of shards; name a field with fewer values with "
+                "--source-field, or leave it out"
+            )

@@ -65,15 +65,20 @@ class _Run:
         if not resumed:
             output.check_remote_empty(place)
         self.say(f"{'going on in' if resumed else 'working in'} {place.work}, {self.pool.workers} workers")
-        self._check_room()
         try:
+            self._check_room()
             prefix = self._tokenise()
             columns, sums = self._arrange(prefix)
             shards = self._write(columns)
             manifest = make_manifest(job, place, self.units, prefix.records, columns, sums, shards)
+            output.publish(place, manifest)
+        except PrepareError as error:
+            raise PrepareError(
+                f"{error}. What is done is kept in {place.work}: the same command goes on from there, --restart begins "
+                "anew"
+            ) from error
         finally:
             self.progress.end()
-        output.publish(place, manifest)
         remove_work(place)
         self._say_cost(sums)
         return manifest
@@ -106,9 +111,11 @@ class _Run:
                 self.made.add(record.number)
                 if prefix.add(record):
                     check_share(folder, self.units, prefix, limit, final=False)
+                    prefix.check_sources()
                 if prefix.full:
                     break
         check_share(folder, self.units, prefix, limit, final=True)
+        prefix.check_sources()
         return prefix
 
     def _arrange(self, prefix: Prefix) -> tuple[Columns, Sums]:
@@ -181,9 +188,9 @@ class _Run:
         space.check_free_space([(self.place.beside, needed)])
 
     def _say_cost(self, sums: Sums) -> None:
-        seconds = time.monotonic() - self.start
-        workers = f", of a worker {self.pool.peak_bytes / 1e6:,.0f} MB" if self.pool.workers > 1 else ""
+        seconds, cpu = time.monotonic() - self.start, time.process_time() + sum(self.pool.cpu.values())
+        speed = sums.text_bytes / 1e6 / seconds
+        peaks = f"main process {peak_memory() / 1e6:,.0f} MB, worker {self.pool.peak_bytes / 1e6:,.0f} MB"
         self.say(
-            f"{seconds:,.1f} s, {sums.text_bytes / 1e6 / seconds:,.1f} MB of text per second; peak memory of the main "
-            f"process {peak_memory() / 1e6:,.0f} MB{workers}"
+            f"{seconds:,.1f} s, {speed:,.2f} MB of text per second, {cpu:,.1f} s of CPU time; peak memory: {peaks}"
         )

@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 import boto3
 import pyarrow.fs as pafs
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
 
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
@@ -17,7 +19,7 @@ _CONNECT_SECONDS, _REQUEST_SECONDS, _ATTEMPTS = 5, 10, 4
 
 def client(bucket: str) -> pafs.S3FileSystem:
     """The client for a bucket under today's environment; the same one within a process as long as that stays."""
-    endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
+    endpoint = _endpoint()
     region = os.environ.get("AWS_REGION") or boto3.Session().region_name
     if not region and not endpoint:
         region = _region_of(bucket)
@@ -29,6 +31,25 @@ def client(bucket: str) -> pafs.S3FileSystem:
 def credentials_exist() -> bool:
     """Whether AWS credentials are found anywhere (environment, files, sign-on, instance)."""
     return boto3.Session().get_credentials() is not None
+
+
+def delete_object(path: str) -> None:
+    """Remove the object BUCKET/KEY; nothing happens where there is none. OSError when S3 refuses or does not answer.
+
+    With boto3: pyarrow would leave an empty object that stands for the folder.
+    """
+    bucket, _, key = path.partition("/")
+    waiting = Config(
+        connect_timeout=_CONNECT_SECONDS, read_timeout=_REQUEST_SECONDS, retries={"total_max_attempts": _ATTEMPTS}
+    )
+    try:
+        boto3.Session().client("s3", endpoint_url=_endpoint(), config=waiting).delete_object(Bucket=bucket, Key=key)
+    except (ClientError, BotoCoreError) as error:
+        raise OSError(str(error)) from error
+
+
+def _endpoint() -> str | None:
+    return next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
 
 
 @functools.cache

@@ -10,7 +10,6 @@ import contextlib
 import io
 import os
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import IO, Any, Literal, cast
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from data_prep.s3 import client
+from data_prep.durable import whole_file
+from data_prep.s3 import client, delete_object
 from data_prep.storage_errors import StorageError, describe
 
-BLOCK_BYTES = 4 << 20  # of one read or write: S3 answers each read with one request
+BLOCK_BYTES = 8 << 20  # of one read or write: S3 answers each read with one request
 Compression = Literal["gzip", "zstd"]
 _S3 = "s3://"
 
@@ -175,7 +175,10 @@ def delete(path: str) -> None:
     """Remove a file; nothing happens where there is none."""
     files, inner = locate(path)
     with _translated(path), contextlib.suppress(FileNotFoundError):
-        files.delete_file(inner)
+        if is_remote(path):
+            delete_object(inner)
+        else:
+            files.delete_file(inner)
 
 
 @contextlib.contextmanager
@@ -199,30 +202,22 @@ def _write(path: str, source: IO[bytes], size: int) -> None:
 
 def _write_local(path: Path, source: IO[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as target:
-            shutil.copyfileobj(source, target, BLOCK_BYTES)
-            os.fchmod(target.fileno(), 0o644)
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as target:
+        shutil.copyfileobj(source, target, BLOCK_BYTES)
 
 
 def _write_s3(path: str, source: IO[bytes], size: int) -> None:
     files, inner = locate(path)
+    target = files.open_output_stream(inner)
     try:
-        with files.open_output_stream(inner) as target:
+        with target:
             shutil.copyfileobj(source, target, BLOCK_BYTES)
         if (stored := files.get_file_info(inner).size) != size:
             raise StorageError(f"{path}: {stored} bytes arrived, {size} were sent; run again")
     except BaseException:
-        # Closing the stream completes the object with what was written so far.
+        # Closing the stream has completed the object with what was written so far.
         with contextlib.suppress(OSError):
-            files.delete_file(inner)
+            delete_object(inner)
         raise
 
 

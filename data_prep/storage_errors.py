@@ -30,7 +30,7 @@ _CAUSES = (
         "the bucket is in another region; set AWS_REGION to it",
     ),
     (
-        ("NETWORK_CONNECTION", "curlCode", "Connection refused"),
+        ("NETWORK_CONNECTION", "curlCode", "Could not connect", "onnect timeout", "Read timeout"),
         "no connection to the storage; check the network and AWS_ENDPOINT_URL, then run again",
     ),
     (("SLOW_DOWN", "SlowDown", "HTTP status 503"), "the storage is overloaded; run again later or with fewer workers"),

@@ -136,10 +136,12 @@ def discard(place: Place) -> None:
     """Remove the working folder, and with it what an unfinished run uploaded."""
     if read_json(place.work / _SETTINGS) is None and place.named:
         return
-    for path in sorted(place.records.rglob("*.json")) if place.remote else ():
-        data = read_json(path)
-        if isinstance(data, dict):
-            delete(join(place.output, ShardRecord(**data).path))
+    if place.remote:
+        records = [read_json(path) for path in sorted(place.records.rglob("*.json"))]
+        names = [ShardRecord(**record).path for record in records if isinstance(record, dict)]
+        names += [path.relative_to(place.staging).as_posix() for path in place.staging.rglob("*") if path.is_file()]
+        for name in names:
+            delete(join(place.remote, name))
     remove_work(place)
 
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.write import split_of
 from data_prep.__main__ import main
+from data_prep.write import split_of
 from tests.data.corpus import END, LATER, WEIGHTS, mixed_config, run_config
 from tests.data_prep.test_tokenizer import bpe_file
 from titans_train.data import DataError, TokenDataset, open_dataset
+from titans_train.data.cursor import Cursor
 
 IGNORED = -100
 
@@ -100,6 +101,17 @@ def test_sources_are_mixed_by_weight_and_the_weights_change_at_their_step(
     for number in (0, 1, 71, 72, 73, 399):
         figures = dataset.figures(number)
         assert {n: figures[f"data_{n}"]["sequences"] for n in sources} == {n: names[:number].count(n) for n in sources}
+
+
+def test_weights_change_at_their_step_whatever_the_batch_sizes_before(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    dataset = open_dataset(mixed_config(sources, tmp_path, change=9))
+    assert isinstance(dataset, TokenDataset)
+    assert dataset.mixture.firsts == [0, 9 * 8]
+    other = dataset.at(Cursor(((0, 8), (5, 2))))
+    assert other.mixture.firsts == [0, 5 * 8 + 4 * 2]
+    assert [other.place(n) for n in range(48)] == [dataset.place(n) for n in range(48)]
 
 
 def test_epochs_and_repeats_are_counted_per_source(sources: dict[str, Path], tmp_path: Path) -> None:

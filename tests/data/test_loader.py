@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.data.corpus import run_config
+from tests.data.corpus import mixed_config, run_config
 from tests.data.test_shards import flip
 from titans_train.config.schema import RunConfig
-from titans_train.data import Batch, DataError, loader, open_dataset
+from titans_train.data import Batch, DataError, TokenDataset, loader, open_dataset
 from titans_train.plan import make_plan
 
 LAYOUTS = [(ranks, workers) for ranks in (1, 2, 4) for workers in (0, 2)]
@@ -52,6 +52,38 @@ def test_global_batches_do_not_depend_on_ranks_and_workers(
     found = global_batches(config, ranks, alignment=64)
     assert found == reference[packing]
     assert len(set(found)) == len(found) == 24
+
+
+@pytest.fixture(scope="module")
+def mixed(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    config = mixed_config(sources, tmp_path_factory.mktemp("mixed"), packing="isolate", steps=60)
+    found = global_batches(config, 1, alignment=64)
+    dataset = open_dataset(config, "train", 64)
+    assert isinstance(dataset, TokenDataset)
+    read = dataset.figures(60 * 8)
+    assert read["data_books"]["repeats"] >= 1 and len(set(found)) == 60  # an epoch ends on the way
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "workers"), LAYOUTS)
+@pytest.mark.parametrize("start", [0, 9])  # where the weights change
+def test_mixed_sources_do_not_depend_on_ranks_workers_and_a_resume(
+    sources: dict[str, Path], tmp_path: Path, mixed: list[str], ranks: int, workers: int, start: int
+) -> None:
+    config = mixed_config(sources, tmp_path, packing="isolate", workers=workers, steps=60)
+    assert global_batches(config, ranks, start, alignment=64) == mixed[start:]
+
+
+def test_sequence_shards_read_their_part_only_and_together_the_whole(sources: dict[str, Path], tmp_path: Path) -> None:
+    config = mixed_config(sources, tmp_path, packing="isolate", micro=2)
+    quarters = config.model_copy(update={"parallel": config.parallel.model_copy(update={"sequence": 4})})
+    whole = loader(open_dataset(config, "train", 32), make_plan(config, 1))
+    parts = [loader(open_dataset(config, "train", 32), make_plan(quarters, 4), shard=shard) for shard in range(4)]
+    for step in whole:
+        for micro, quarter in zip(zip(*[next(part) for part in parts], strict=True), step, strict=True):
+            for name in ("tokens", "labels", "document_starts"):
+                joined = torch.cat([getattr(part, name) for part in micro], 1)
+                assert torch.equal(joined, getattr(quarter, name))
 
 
 @pytest.mark.parametrize("micro", [1, 4, 8])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import time
@@ -13,6 +14,7 @@ from typing import Any
 from tests.data.folders import QUICK, read_all
 from titans_train.data.cache import Cache
 from titans_train.data.shards import ShardStore
+from titans_train.data.shared_memory import listing
 
 NOBODY = 65534
 
@@ -73,3 +75,13 @@ def write_half(cache: Cache, started: Any) -> None:
         cache.temporary(target).write_bytes(b"half")
         started.set()
         time.sleep(600)
+
+
+def hold_shared_memory(root: str) -> None:
+    """Have semaphores that processes share, as a DataLoader has; say their names, and wait to be killed."""
+    context = multiprocessing.get_context("spawn")
+    held = (context.Queue(), context.Event())
+    Cache(Path(root)).note_shared_memory()
+    print(*json.loads(listing())["semaphores"], flush=True)
+    time.sleep(600)
+    del held

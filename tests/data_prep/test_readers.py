@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from data_prep.errors import PrepareError
-from data_prep.readers import REASONS, Document, ReadSettings, Rejected, read_unit
+from data_prep.readers import Document, ReadSettings, Rejected, read_unit
 from data_prep.sources import find_files, make_units
 from data_prep.storage import StorageError
 from tests.s3 import environment, s3_server, set_environment, upload
@@ -65,14 +65,6 @@ def test_separated_texts_are_the_same_in_units_of_every_size(tmp_path: Path) -> 
         assert texts(read(path, settings=ReadSettings(separator="<|end|>"), unit_bytes=size)) == expected, size
 
 
-def test_parquet_rows_are_the_same_in_units_of_every_size(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": [f"row {n}" for n in range(1, 51)]}), path, row_group_size=7)
-    expected = [(n, f"row {n}") for n in range(1, 51)]
-    for size in range(1, path.stat().st_size + 2, 13):
-        assert texts(read(path, unit_bytes=size)) == expected, size
-
-
 def test_small_files_of_all_kinds_share_a_unit(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfwhole\r\n")
     (tmp_path / "b.jsonl").write_bytes(LINES)
@@ -84,52 +76,6 @@ def test_small_files_of_all_kinds_share_a_unit(tmp_path: Path) -> None:
     whole = [(1, "whole\r\n")], [(1, "packed")], [(1, "row")]
     assert texts(records) == [*whole[0], *EXPECTED * 3, *whole[1], *whole[2]]
     assert [record.file for record in records] == [0, *[1] * 4, *[2] * 4, *[3] * 4, 4, 5]
-
-
-def test_fields_may_be_nested_in_json_and_parquet_and_the_source_may_be_absent(tmp_path: Path) -> None:
-    rows = [{"meta": {"body": "x", "source": "web"}}, {"meta": {"body": "y", "source": None}}, {"meta": None}]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
-    settings = ReadSettings(text_field="meta.body", source_field="meta.source")
-    for name, reason in {"a.jsonl": "missing field", "b.parquet": "not text"}.items():
-        *documents, rejected = read(tmp_path / name, settings=settings)
-        assert documents == [Document(1, 0, "x", "web"), Document(2, 0, "y", None)]
-        assert isinstance(rejected, Rejected) and (rejected.line, rejected.reason) == (3, reason)
-
-
-def test_a_key_with_a_dot_goes_before_a_nested_one(tmp_path: Path) -> None:
-    rows = [{"a.b": "flat", "a": {"b": "nested"}}]
-    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]))
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
-    assert texts(read(tmp_path, settings=ReadSettings(text_field="a.b"))) == [(1, "flat")] * 2
-
-
-BAD_LINES = {
-    "broken JSON": (b'{"text": "x"', "Expecting ',' delimiter"),
-    "not an object": (b"[1]", "holds a list, expected an object"),
-    "missing field": (b'{"body": "a", "id": 1}', "field 'text' is missing; fields: body, id"),
-    "not text": (b'{"text": null}', "field 'text' is null"),
-    "invalid UTF-8": (b'{"text": "\xe9"}', "byte 0xe9 at offset 10"),
-    "empty": (b'{"text": " \\n"}', "nothing but white space"),
-    "too long": (b'{"text": "' + b"x" * 101 + b'"}', "101 bytes, at most 100 are allowed"),
-    "half a surrogate pair": (b'{"text": "a\\ud800"}', "character 0xd800 at 1"),
-}
-
-
-@pytest.mark.parametrize("reason", BAD_LINES)
-def test_a_line_that_is_no_document_is_rejected_and_reading_goes_on(tmp_path: Path, reason: str) -> None:
-    content, detail = BAD_LINES[reason]
-    (tmp_path / "a.jsonl").write_bytes(line("before") + content + b"\n" + line("after"))
-    before, rejected, after = read(tmp_path, settings=ReadSettings(max_document_bytes=100))
-    assert before == Document(1, 0, "before", None) and after == Document(3, 0, "after", None)
-    assert isinstance(rejected, Rejected) and (rejected.line, rejected.reason) == (2, reason)
-    assert detail in rejected.detail and rejected.excerpt.encode()[:9] == content[:9] and reason in REASONS
-
-
-@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"text": ' + b"1" * 5000 + b"}", b'{"text": "\x00"}'])
-def test_what_the_json_library_cannot_read_is_broken(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "a.jsonl").write_bytes(content)
-    assert texts(read(tmp_path)) == [(1, "broken JSON")]
 
 
 def test_a_whole_file_that_is_no_document_is_rejected(tmp_path: Path) -> None:
@@ -158,41 +104,6 @@ def test_what_comes_before_the_damage_of_a_compressed_file_is_read(tmp_path: Pat
     assert suffix == "zst" or len(records) > 1000
     documents = [record for record in records if isinstance(record, Document)][:1000]
     assert texts(list(documents)) == [(n + 1, f"{n}" * 50) for n in range(len(documents))]
-
-
-def test_a_row_that_is_no_document_is_rejected_and_reading_goes_on(tmp_path: Path) -> None:
-    values = pa.array([b"one", b"caf\xe9", None, b" ", b"x" * 101, b"six"])
-    pq.write_table(pa.table({"text": values}), tmp_path / "binary.parquet")
-    pq.write_table(pa.table({"text": values.view(pa.string())}), tmp_path / "text.parquet")
-    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
-    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "other.parquet")
-    pq.write_table(pa.table({"text": pa.array(["a", "b", "a"]).dictionary_encode()}), tmp_path / "dictionary.parquet")
-    settings = ReadSettings(max_document_bytes=100)
-    expected = [(1, "one"), (2, "invalid UTF-8"), (3, "not text"), (4, "empty"), (5, "too long"), (6, "six")]
-    assert texts(read(tmp_path / "binary.parquet", settings=settings)) == expected
-    assert texts(read(tmp_path / "text.parquet", settings=settings)) == expected
-    assert texts(read(tmp_path / "numbers.parquet")) == [(1, "not text"), (2, "not text")]
-    assert texts(read(tmp_path / "dictionary.parquet")) == [(1, "a"), (2, "b"), (3, "a")]
-    (rejected,) = read(tmp_path / "other.parquet")
-    assert isinstance(rejected, Rejected) and rejected.reason == "missing field"
-    assert rejected.detail == "no column 'text'; columns: body"
-
-
-def test_a_damaged_row_group_costs_only_its_own_rows(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    table = pa.table({"text": [f"row {n} " + "x" * 500 for n in range(1, 13)]})
-    pq.write_table(table, path, row_group_size=4, compression="none", use_dictionary=False)
-    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
-    content = bytearray(path.read_bytes())
-    content[column.data_page_offset : column.data_page_offset + 40] = b"\xff" * 40
-    path.write_bytes(content)
-    for size in (1 << 20, 3000):
-        found = [(number, text[:5]) for number, text in texts(read(path, unit_bytes=size))]
-        assert found == [(1, "row 1"), (2, "row 2"), (3, "row 3"), (4, "row 4"), (8, "unrea"),
-                         (9, "row 9"), (10, "row 1"), (11, "row 1"), (12, "row 1")]  # fmt: skip
-    path.write_bytes(bytes(content[:-3]))
-    for size in (1 << 20, 3000):
-        assert texts(read(path, unit_bytes=size)) == [(1, "unreadable file")]
 
 
 def test_memory_does_not_grow_with_the_file_or_with_a_line_that_is_too_long(tmp_path: Path) -> None:

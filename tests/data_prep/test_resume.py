@@ -115,7 +115,8 @@ def test_damaged_intermediates_are_made_anew(texts: Path, whole: dict[str, bytes
     """Tokens, table and rejected records of three units: cut short, and with another byte."""
     work = stopped(texts, tmp_path / "out", lambda work: units(work) >= 8)
     tokens, documents, rejected = (
-        sorted((work / "units").glob(f"*.{kind}"))[number] for number, kind in enumerate(("tokens", "documents", "json"))
+        sorted((work / "units").glob(f"*.{kind}"))[number]
+        for number, kind in enumerate(("tokens", "documents", "json"))
     )
     tokens.write_bytes(tokens.read_bytes()[:-2])
     data = bytearray(documents.read_bytes())
@@ -141,9 +142,7 @@ def test_lost_shards_are_made_anew(texts: Path, whole: dict[str, bytes], tmp_pat
     assert content(tmp_path / "out") == whole
 
 
-def test_work_of_other_settings_is_refused_and_can_be_thrown_away(
-    texts: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_work_of_other_settings_is_refused_and_can_be_thrown_away(texts: Path, tmp_path: Path, capsys: Capture) -> None:
     work = stopped(texts, tmp_path / "out", lambda work: units(work) >= 2)
     assert prepare(texts, tmp_path / "out", "--seed", "1") == 2
     error = capsys.readouterr().err

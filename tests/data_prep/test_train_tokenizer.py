@@ -12,7 +12,7 @@ from data_prep.sources import find_files, make_units
 from data_prep.tokenizer import load_tokenizer
 from data_prep.train_tokenizer import Texts, main, train
 
-WORDS = "the memory keeps learning while it reads größer 漢字 def return".split()
+WORDS = ["the", "memory", "keeps", "learning", "while", "it", "reads", "größer", "漢字", "def", "return"]
 
 
 @pytest.fixture

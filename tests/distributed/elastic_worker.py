@@ -14,16 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from titans_train.config import load_config
+from titans_train.__main__ import main as verb
 from titans_train.models import LanguageModel
-from titans_train.plan import make_plan
 from titans_train.training import loop
 
 
-def main(config: str, out: Path, kill: int, victim: int, overrides: list[str]) -> None:
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    plan = make_plan(load_config(config, overrides, world), world)
-    step = 0
+def main(config: str, out: Path, kill: int, victim: int, overrides: list[str]) -> int:
+    rank, step = int(os.environ.get("RANK", "0")), 0
     one_step, forward = loop.Run._one_step, LanguageModel.forward
 
     @functools.wraps(one_step)
@@ -51,8 +48,8 @@ def main(config: str, out: Path, kill: int, victim: int, overrides: list[str]) -
         return forward(self, tokens, *args, **kwargs)
 
     loop.Run._one_step, LanguageModel.forward = counted, noted  # type: ignore[method-assign]
-    loop.train(plan)
+    return verb(["train", config, *overrides])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:]))

@@ -10,14 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-from tests.data.corpus import mixed_config, prepare_sources
+from tests.data.corpus import LATER, mixed_config, prepare_sources
 from tests.torchrun import ROOT, torchrun
 from titans_train.config import RunConfig, dump_config, load_config
 from titans_train.data import TokenDataset, open_dataset
@@ -151,3 +154,56 @@ def test_killed_and_resumed_on_every_layout_the_model_is_given_the_same(
             assert rows == expected[step], f"ranks {ranks}, workers {workers}, step {step}"
         done = kill
     assert done == 0
+
+
+def test_another_batch_size_after_a_resume_reads_every_sequence_once(
+    reference: tuple[RunConfig, dict[int, list[str]]], tmp_path: Path
+) -> None:
+    """4 sequences a step, from step 7 on 6."""
+    config, expected = reference
+    changed = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(tmp_path / "runs")})})
+    path = write(changed, tmp_path / "config.yaml")
+    run(path, tmp_path / "a", 1, 7)
+    run(path, tmp_path / "b", 2, 0, -1, "training.global_batch_size=6", "training.steps=13")
+    read = [row for out in ("a", "b") for step, rows in given(tmp_path / out).items() for row in rows]
+    assert [len(rows) for rows in given(tmp_path / "b").values()] == [6] * 7
+    assert read == [row for rows in expected.values() for row in rows][: 6 * 4 + 7 * 6]
+    # The run goes on: weights may be changed for steps to come, and for no other.
+    later = config.data.model_copy(update={"weights_from": {"9": LATER}})
+    refused = write(changed.model_copy(update={"data": later}), tmp_path / "refused.yaml")
+    done = subprocess.run(
+        [sys.executable, "-m", "titans_train", "train", str(refused), "training.global_batch_size=6"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 2 and "weights may change from step 13 on only" in done.stderr, done.stderr[-2000:]
+
+
+def test_a_shard_damaged_on_the_way_ends_all_ranks_with_one_message_that_names_it(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    copies = {name: Path(shutil.copytree(path, tmp_path / name)) for name, path in folders.items()}
+    config = config_of(copies, tmp_path / "runs", "concatenate")
+    dataset = open_dataset(config)
+    assert isinstance(dataset, TokenDataset)
+    shards: list[set[tuple[str, int]]] = [set() for _ in range(STEPS)]
+    for number in range(STEPS * BATCH):
+        stream, place = dataset.place(number)
+        ends = stream.store.documents_per_shard.cumsum()
+        shards[number // BATCH] |= {
+            (stream.name, int(ends.searchsorted(piece.document, side="right"))) for piece in stream.pieces(place)
+        }
+    step = next(n for n in range(5, STEPS) if shards[n] - set().union(*shards[:n]))
+    name, shard = min(shards[step] - set().union(*shards[:step]))
+    (damaged,) = copies[name].glob(f"train/text/shard.{shard:05}.mds*")
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    started = time.monotonic()
+    done = torchrun(2, WORKER, str(write(config, tmp_path / "config.yaml")), str(tmp_path / "out"), "0", "-1", "data.workers=1")
+    assert done.returncode != 0 and time.monotonic() - started < 120
+    found = re.findall(rf"shard[^\n]*{re.escape(damaged.name)}[^\n]* is damaged: xxh64 \w+, expected \w+", done.stderr)
+    assert len(found) == 1, done.stderr[-3000:]
+    trained = given(tmp_path / "out")
+    assert all(len(rows) == BATCH for rows in list(trained.values())[:step]) and max(trained) <= step + 1
+    latest = (tmp_path / "runs" / "test" / "checkpoints" / "latest").read_text()
+    assert latest == f"step-{step:08d}"  # nothing that was written is lost

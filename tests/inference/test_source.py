@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.manifest import Manifest
-from data_prep.sources import find_files
-from data_prep.tokenizer import ByteTokenizer, load_tokenizer
-from data_prep.write import Settings, prepare
+from data_prep.__main__ import main as prepare
+from data_prep.manifest import FILE_NAME, Manifest
+from data_prep.tokenizer import ByteTokenizer
 from tests.data.corpus import write_texts
 from tests.data_prep.test_tokenizer import bpe_file
 from tests.inference.checkpoints import config, write_checkpoint
@@ -37,9 +36,10 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     """A folder prepared with a tokenizer file, and its manifest."""
     folder = tmp_path_factory.mktemp("words")
     write_texts(folder / "texts")
-    tokenizer = load_tokenizer(str(bpe_file(folder)))
-    corpus = find_files([str(folder / "texts")], "text")
-    return folder / "prepared", prepare(corpus, tokenizer, Settings(validation_share=0.3), folder / "prepared")
+    prepared = folder / "prepared"
+    options = ["--tokenizer", str(bpe_file(folder)), "--validation-share", "0.3"]
+    assert prepare(["--input", str(folder / "texts"), "--output", str(prepared), *options]) == 0
+    return prepared, Manifest.from_text((prepared / FILE_NAME).read_text(), str(prepared))
 
 
 def output(capsys: Capture, *args: str) -> str:

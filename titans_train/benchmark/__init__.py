@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 
 NAMES = {
+    "data": "reading beside plain numpy, waits, start-up, memory; preparing beside the tokenizer alone",
     "memory": "the memory's speed and peak memory beside titans-pytorch, autograd and a Transformer++ block",
     "layouts": "collectives and peak memory of each layout beside the plan",
     "parity": "gradients and parameters under tensor, sequence and data parallelism and ZeRO against one process",

@@ -26,13 +26,15 @@ from pathlib import Path
 import xxhash
 from filelock import FileLock
 
+from titans_train.data import shared_memory
 from titans_train.data.errors import DataError
 
 MARKER = ".checked"
 _LOCKS = 256  # files; two shards may share one
 _FOREIGN_SECONDS = 24 * 3600  # how long what another host is making stays
+_OPENING_TRIES = 10
 _WAIT_SECONDS = 600.0  # for room that other processes are filling
-_STAMP = re.compile(r"\.(?:part|room-(?P<bytes>\d+))~(?P<host>[0-9a-f]{16})-(?P<pid>\d+)-(?P<started>\d+)-")
+_STAMP = re.compile(r"\.(?:part|shared|room-(?P<bytes>\d+))~(?P<host>[0-9a-f]{16})-(?P<pid>\d+)-(?P<started>\d+)-")
 _GIB = 2**30
 _numbers = itertools.count()
 
@@ -58,8 +60,7 @@ class Cache:
         folder = self.folder
         try:
             if not folder.is_dir():
-                _make_shared(folder.parent)
-                folder.mkdir(mode=0o700, exist_ok=True)
+                _make_in_shared(folder)
             with tempfile.TemporaryFile(dir=folder) as probe:
                 ours = os.fstat(probe.fileno()).st_uid == folder.lstat().st_uid
         except OSError as error:
@@ -75,13 +76,25 @@ class Cache:
         return folder
 
     def clean(self) -> int:
-        """Remove what killed processes left half made; the number of files. What a living process makes stays."""
+        """Remove what killed processes left, half made files and shared memory; the number of files.
+
+        What a living process makes or uses stays.
+        """
         removed = 0
         for entry in _files(self.make()):
             if (match := _STAMP.search(entry.name)) and not _living(match, entry):
-                Path(entry.path).unlink(missing_ok=True)
-                removed += 1
+                path = Path(entry.path)
+                if ".shared~" in path.name:
+                    with contextlib.suppress(FileNotFoundError):
+                        removed += shared_memory.remove(path.read_text("utf-8")) if match["host"] == host() else 0
+                else:
+                    removed += 1
+                path.unlink(missing_ok=True)
         return removed
+
+    def note_shared_memory(self) -> None:
+        """Write down what this process and those below it have in /dev/shm now, to be cleaned should they be killed."""
+        (self.make() / f".shared~{_stamp()}").write_text(shared_memory.listing(), "utf-8")
 
     def lock(self, key: str) -> FileLock:
         """One process of this user at a time works on `key`, and waits here for the others. Hold one key at a time."""
@@ -163,19 +176,17 @@ class Cache:
         return total <= self.limit
 
 
-def _make_shared(root: Path) -> None:
-    """Like /tmp: everybody may make a folder in it, nobody may remove another's. It never exists half open."""
-    if root.is_dir():
-        return
-    root.parent.mkdir(parents=True, exist_ok=True)
-    made = tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent)
-    os.chmod(made, 0o1777)
-    try:
-        os.rename(made, root)
-    except OSError:
-        os.rmdir(made)
-        if not root.is_dir():  # else another process was first
-            raise
+def _make_in_shared(folder: Path) -> None:
+    """Make a user's folder. The one above is like /tmp: everybody may make one in it, nobody remove another's."""
+    with contextlib.suppress(FileExistsError):
+        folder.parent.mkdir(parents=True)
+        folder.parent.chmod(0o1777)
+    for _ in range(_OPENING_TRIES):
+        with contextlib.suppress(PermissionError):  # another user may have made it just now, and opens it next
+            folder.mkdir(mode=0o700, exist_ok=True)
+            return
+        time.sleep(0.05)
+    folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _files(folder: Path | str) -> Iterator[os.DirEntry[str]]:
@@ -214,7 +225,7 @@ def host_name() -> str:
 @lru_cache(maxsize=1)
 def boot() -> str:
     """Another one each time that this host starts."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    return Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
 
 
 def _started(pid: int) -> int | None:

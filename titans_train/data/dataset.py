@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from data_prep.manifest import SPLITS
+from data_prep.tokenizer import Tokenizer
 from titans_train.data.cache import Cache
 from titans_train.data.cursor import Cursor, Weights
 from titans_train.data.errors import DataError
@@ -19,6 +20,7 @@ from titans_train.data.remote import Remote
 from titans_train.data.sample import Sample
 from titans_train.data.shards import ShardStore
 from titans_train.data.source import SourceStream
+from titans_train.data.tokenizer import open_tokenizer, paths_of
 from titans_train.mixing import Mixture
 
 if TYPE_CHECKING:
@@ -136,6 +138,12 @@ def open_dataset(
         for name, store in stores.items()
     }
     return TokenDataset(streams, weights, Cursor.constant(config.training.global_batch_size))
+
+
+def tokenizer_of_data(config: RunConfig) -> Tokenizer:
+    """The one that all sources were prepared with. DataError: it cannot be read."""
+    remote = Remote(timeout_seconds=config.data.remote_timeout_seconds)
+    return open_tokenizer(next(paths_of(config.data)), data_cache(config), remote)
 
 
 def data_cache(config: RunConfig) -> Cache:

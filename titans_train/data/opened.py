@@ -13,15 +13,14 @@ from titans_train.data.checked import touch
 from titans_train.data.mds import MdsFile
 
 LARGEST = 64  # descriptors
-_IDLE_SECONDS = 60.0
+_NOTED_SECONDS = 60.0
 
 
 @dataclass
 class _Open:
     file: MdsFile
-    marker: Path  # its time tells other processes that the file is in use
-    used: float  # monotonic seconds
-    noted: float
+    marker: Path  # its time tells other processes that the file is in use, and is noted once in a while
+    noted: float  # when, in monotonic seconds
 
 
 Key = tuple[str, int]
@@ -39,8 +38,7 @@ def opened(key: Key, make: Callable[[], tuple[MdsFile, Path]]) -> MdsFile:
     with _lock:
         if (entry := _open.get(key)) is not None:
             _open.move_to_end(key)
-            entry.used = now
-            if now - entry.noted < _IDLE_SECONDS:
+            if now - entry.noted < _NOTED_SECONDS:
                 return entry.file
             entry.noted = now
     if entry is not None:
@@ -48,8 +46,8 @@ def opened(key: Key, make: Callable[[], tuple[MdsFile, Path]]) -> MdsFile:
         return entry.file
     file, marker = make()
     with _lock:
-        _open[key] = _Open(file, marker, now, now)
-        _close_some(now)
+        _open[key] = _Open(file, marker, now)
+        _close_some(key)
     return file
 
 
@@ -59,10 +57,9 @@ def close(key: Key) -> None:
         _open.pop(key, None)
 
 
-def _close_some(now: float) -> None:
-    """Those that are too many, and idle ones whose files were removed: their bytes are not free before."""
-    idle = [key for key, entry in _open.items() if now - entry.used > _IDLE_SECONDS and entry.file.removed()]
-    for key in idle:
+def _close_some(newest: Key) -> None:
+    """Those that are too many, and those that were removed from the cache: the disk gets their bytes back with that."""
+    for key in [key for key, entry in _open.items() if key != newest and entry.file.removed()]:
         del _open[key]
     while len(_open) > LARGEST:
         _open.popitem(last=False)

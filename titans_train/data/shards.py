@@ -161,18 +161,12 @@ class ShardStore:
 
     def tokenizer(self) -> Tokenizer:
         """What the documents were made with. DataError or PrepareError: its file disagrees with the manifest."""
-        from data_prep.tokenizer import load_prepared_tokenizer
+        from data_prep.tokenizer import prepared_tokenizer
 
-        if not is_remote(self.path):
-            return load_prepared_tokenizer(Path(self.path))
-        if (file := self.manifest.tokenizer.file) is not None:
-            self._files.copy(".", file)
-        folder = self._files.cache.make() / self._files.name
-        folder.mkdir(exist_ok=True)
-        temporary = self._files.cache.temporary(folder / FILE_NAME)
-        temporary.write_text(self.manifest.to_text(), "utf-8")
-        os.replace(temporary, folder / FILE_NAME)
-        return load_prepared_tokenizer(folder)
+        entry, folder = self.manifest.tokenizer, Path(self.path)
+        if is_remote(self.path) and entry.file is not None:
+            folder = self._files.copy(".", entry.file).parent
+        return prepared_tokenizer(entry, folder)
 
     def _place(self, document: int) -> tuple[int, int]:
         """(number of the shard, document within it)."""
@@ -215,6 +209,8 @@ class ShardStore:
 
         try:
             return _retried(verified), self._files.marker(folder, shard.raw)
+        except DataError:
+            raise
         except (OSError, ValueError) as error:
             raise DataError(f"{self._label(number)}: {error}; {REMEDY}") from error
 

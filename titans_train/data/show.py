@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.tokenizer import Tokenizer
 from titans_train.data.cursor import Cursor, read_cursor
-from titans_train.data.dataset import TokenDataset, open_dataset
+from titans_train.data.dataset import TokenDataset, open_dataset, tokenizer_of_data
 from titans_train.data.sample import IGNORE
 from titans_train.data.source import SourceStream
 from titans_train.errors import UserError
@@ -42,7 +42,7 @@ def main(args: Sequence[str]) -> int:
     numbers = cursor.batch(options.step - 1)
     shown = numbers if options.rows is None else numbers[: options.rows]
     print(f"step {options.step}: sequences {numbers.start} to {numbers.stop - 1} of the run, {len(shown)} shown")
-    for line in lines(dataset.at(cursor), shown, options.characters):
+    for line in lines(dataset.at(cursor), shown, tokenizer_of_data(config), options.characters):
         print(line)
     return 0
 
@@ -58,9 +58,8 @@ def _cursor(config: RunConfig, step: int) -> Cursor:
     return cursor.going_on(int(state["step"]), size) if step > int(state["step"]) else cursor
 
 
-def lines(dataset: TokenDataset, numbers: Sequence[int], characters: int) -> Iterator[str]:
+def lines(dataset: TokenDataset, numbers: Sequence[int], tokenizer: Tokenizer, characters: int) -> Iterator[str]:
     """Text of these sequences; of each document at most so many characters, 0 for all."""
-    tokenizer = next(iter(dataset.sources.values())).store.tokenizer()
     for row, number in enumerate(numbers):
         stream, place = dataset.place(number)
         yield ""

@@ -50,7 +50,7 @@ def read_manifest(path: str, cache: Cache, remote: Remote) -> str:
 class VerifiedFiles:
     """`path`: the prepared folder, or its URL. `name`: of its part of the cache; another one for other content.
 
-    `folder` is a split and source, as train/text, in all methods.
+    `folder` is a split and source, as train/text, in all methods; empty for what lies above them.
     """
 
     path: str
@@ -125,7 +125,7 @@ class VerifiedFiles:
 
     def _bring(self, folder: str, file: FileEntry, target: Path) -> None:
         """A checked copy of a stored file at `target`."""
-        source = f"{self.path}/{folder}/{file.name}"
+        source = "/".join(part for part in (self.path, folder, file.name) if part)
         if not is_remote(self.path):
             with contextlib.suppress(FileNotFoundError, PermissionError):
                 shutil.copyfile(source, target)

@@ -34,9 +34,10 @@ def main(args: Sequence[str]) -> int:
     if options.data:
         changed = config.model_dump(mode="json")
         changed["data"] |= {"source": "shards", "path": options.data, "recall": None}
+        changed["data"] |= {"sources": None, "weights_from": None}
         config = RunConfig.model_validate(changed)
     model, state = load_checked(source)
-    dataset = open_dataset(config, options.split, model.shape.document_alignment)
+    dataset = open_dataset(config, options.split, model.shape.document_alignment, carried=False)
     check_tokenizer(source, config)
     figures = evaluate(model, dataset, options.sequences, config.training.micro_batch_size)
     print(f"{source.checkpoint} (step {state['step']}), {figures['sequences']} sequences of the {options.split} split:")

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import PrepareError
 from data_prep.manifest import FILE_NAME, Manifest, ManifestError
-from data_prep.tokenizer import ByteTokenizer, Tokenizer, load_prepared_tokenizer
+from data_prep.tokenizer import ByteTokenizer, Tokenizer
 from titans_train.config import ConfigError, RunConfig, dump_config, load_config
+from titans_train.data import DataError
+from titans_train.data.dataset import tokenizer_of_data
+from titans_train.data.tokenizer import paths_of
 from titans_train.errors import UserError
 from titans_train.models import LanguageModel
 from titans_train.plan import resolve_shape
@@ -62,14 +64,13 @@ def tokenizer_of(source: Source) -> Tokenizer:
         raise UserError(f"{source.checkpoint} was trained on a synthetic task, which has no text to write")
     if entry is not None and entry["kind"] == ByteTokenizer.kind:
         return ByteTokenizer()
-    assert source.config.data.path is not None
     try:
-        tokenizer = load_prepared_tokenizer(Path(source.config.data.path).expanduser())
-    except (PrepareError, ManifestError) as error:
+        tokenizer = tokenizer_of_data(source.config)
+    except DataError as error:
         raise UserError(f"the tokenizer cannot be read: {error}. If the folder has moved, {NEXT}") from error
     if entry is not None and entry["sha256"] != tokenizer.sha256:
         raise UserError(
-            f"{source.config.data.path} has another tokenizer ({tokenizer.sha256[:12]}) than {source.checkpoint} was "
+            f"{next(paths_of(source.config.data))} has another tokenizer ({tokenizer.sha256[:12]}) than {source.checkpoint} was "
             f"trained with ({entry['sha256'][:12]}); {NEXT}"
         )
     return tokenizer
@@ -85,16 +86,22 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def check_tokenizer(source: Source, config: RunConfig) -> None:
     """UserError where the data in `config` have other tokens than the model was trained on."""
-    if config.data.source != "shards" or config.data.path is None:
+    if config.data.source != "shards":
         return
-    trained = source.record.get("tokenizer") or _prepared(source.record["config"]["data"]["path"])
-    found = _prepared(config.data.path)
+    path = next(paths_of(config.data))
+    trained = source.record.get("tokenizer") or _prepared(_first_path(source.record["config"]["data"]))
+    found = _prepared(path)
     if trained is not None and found is not None and trained["sha256"] != found["sha256"]:
         raise UserError(
-            f"{config.data.path} was prepared with the {found['kind']} tokenizer {found['sha256'][:12]}, the model was "
+            f"{path} was prepared with the {found['kind']} tokenizer {found['sha256'][:12]}, the model was "
             f"trained with the {trained['kind']} tokenizer {trained['sha256'][:12]}: its figures would mean nothing; "
             "prepare the data with the tokenizer of the training data"
         )
+
+
+def _first_path(data: dict[str, Any]) -> str | None:
+    found: str | None = data["path"] or next((s["path"] for s in (data.get("sources") or {}).values()), None)
+    return found
 
 
 def _prepared(path: str | None) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -233,18 +232,17 @@ class Run:
 
     def _sample(self) -> None:
         """Text from a copy of the current model on the first rank: no rank waits in a sharded forward of one."""
-        path = self.config.data.path
-        if self.config.data.source != "shards" or path is None:
+        if self.config.data.source != "shards":
             return
         values = checkpoint.collect(self.engine.parameters(), self.mesh)
         if self.mesh.is_first:
-            from data_prep.tokenizer import load_prepared_tokenizer
+            from titans_train.data.dataset import tokenizer_of_data
             from titans_train.inference import sample_text
 
             copy = LanguageModel(self.plan.shape).eval()
             copy.load_state_dict(values)
             watch = self.config.monitoring
-            text = sample_text(copy, load_prepared_tokenizer(Path(path)), watch.sample_prompt, watch.sample_tokens)
+            text = sample_text(copy, tokenizer_of_data(self.config), watch.sample_prompt, watch.sample_tokens)
             self.console.say(f"step {self.progress.step}, sample:\n{text}")
             if self.metrics is not None:
                 self.metrics.text(self.progress.step, "sample", text)

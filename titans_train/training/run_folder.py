@@ -59,7 +59,7 @@ def check(plan: Plan) -> None:
                 f"{folder} holds a run with other settings:\n  - " + "\n  - ".join(differing)
                 + "\nchoose another run.name, or set these back; nothing was changed"
             )  # fmt: skip
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name != "cache" for path in folder.iterdir()):  # reading alone fills the cache
         raise UserError(f"{folder} is not empty and not a run (no plan.json); choose another run.name or run.folder")
 
 

@@ -1,0 +1,123 @@
+"""Input from and output to a real S3 server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_prep.manifest import FILE_NAME
+from tests.data_prep.runs import content, prepare, start, wait_for, wait_until_gone, write_corpus
+from tests.s3 import BUCKET, client, environment, s3_server, set_environment, upload
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture(autouse=True)
+def environment_of_the_server(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(environment(address), monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
+
+
+@pytest.fixture(scope="module")
+def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The same input in a local folder."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert prepare(texts, folder) == 0
+    return content(folder)
+
+
+def objects(address: str, prefix: str) -> dict[str, bytes]:
+    s3 = client(address)
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{prefix}/")
+    keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
+    return {key.removeprefix(f"{prefix}/"): s3.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
+
+
+def test_an_upload_that_was_killed_goes_on_and_is_what_a_local_run_writes(
+    texts: Path, whole: dict[str, bytes], address: str, tmp_path: Path, capsys: Capture
+) -> None:
+    url, work = f"s3://{BUCKET}/killed/out", tmp_path / "work"
+    process = start(texts, url, "--work", str(work), "--workers", "2")
+    wait_for(lambda: len(list((work / "shards").rglob("*.json"))) >= 5, process)
+    process.kill()
+    process.communicate()
+    wait_until_gone(process.pid)
+    uploaded = objects(address, "killed/out")
+    assert 5 <= len(uploaded) < len(whole) and FILE_NAME not in uploaded
+    lost = sorted(uploaded)[0]
+    client(address).delete_object(Bucket=BUCKET, Key=f"killed/out/{lost}")
+    assert prepare(texts, url, "--work", str(work)) == 0
+    assert " shards were written before" in capsys.readouterr().out
+    assert objects(address, "killed/out") == whole
+    assert not work.exists()
+    assert prepare(texts, url) == 0
+    assert f"already prepared: {url}" in capsys.readouterr().out
+
+
+def test_objects_that_are_not_ours_are_left_alone(
+    texts: Path, address: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    client(address).put_object(Bucket=BUCKET, Key="foreign/thesis.txt", Body=b"precious")
+    assert prepare(texts, f"s3://{BUCKET}/foreign") == 2
+    error = capsys.readouterr().err
+    assert "holds something else (1 objects such as thesis.txt, no manifest.json)" in error
+    assert objects(address, "foreign") == {"thesis.txt": b"precious"}
+
+
+def test_an_output_of_other_settings_or_without_a_shard_is_refused(
+    texts: Path, address: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = f"s3://{BUCKET}/done"
+    assert prepare(texts, url) == 0
+    assert f"working in {tmp_path}/.done.partial" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    assert prepare(texts, url, "--seed", "1") == 2
+    assert "was prepared with other settings (seed 0, now 1)" in capsys.readouterr().err
+    client(address).delete_object(Bucket=BUCKET, Key="done/train/wiki/shard.00000.mds.zstd")
+    assert prepare(texts, url) == 2
+    assert f"{url}/train/wiki/shard.00000.mds.zstd is missing" in capsys.readouterr().err
+
+
+def test_restart_removes_what_was_uploaded(texts: Path, address: str, tmp_path: Path) -> None:
+    url, work = f"s3://{BUCKET}/again", tmp_path / "work"
+    process = start(texts, url, "--work", str(work), "--workers", "1", "--shard-size", "64kb")
+    wait_for(lambda: len(list((work / "shards").rglob("*.json"))) >= 40, process)
+    process.kill()
+    process.communicate()
+    assert prepare(texts, url, "--work", str(work), "--restart", "--seed", "3") == 0
+    shards = [name for name in objects(address, "again") if name.endswith(".zstd")]
+    assert 10 < len(shards) < 40
+
+
+def test_input_from_s3_gives_the_shards_of_local_files(
+    texts: Path, whole: dict[str, bytes], address: str, tmp_path: Path
+) -> None:
+    url = upload(address, texts, "input/texts")
+    process = start(url, tmp_path / "out", "--workers", "2", environment=dict(os.environ))
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert output.count("rejected: ") == 1
+    found = content(tmp_path / "out")
+    assert {name for name in whole if found[name] != whole[name]} == {FILE_NAME}  # times of change are the server's
+
+
+def test_a_bucket_that_is_not_there_is_named(texts: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert prepare("s3://nowhere/texts", tmp_path / "out") == 2
+    assert "s3://nowhere/texts" in capsys.readouterr().err
+    assert prepare(texts, "s3://nowhere/out", "--work", str(tmp_path / "work")) == 2
+    assert "s3://nowhere/out" in capsys.readouterr().err
