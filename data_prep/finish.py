@@ -68,6 +68,7 @@ def make_manifest(
         "duplicates": sums.duplicates,
         "rejected": rejected,
         "left_out": job.left_out,
+        "source_names": _renamed(columns.source_names),
         "stopped_at_max_bytes": sums.last_after is not None,
     }
     manifest = Manifest(
@@ -76,6 +77,11 @@ def make_manifest(
     )  # fmt: skip
     write_report(place.staging, manifest, _both_splits(lengths))
     return manifest
+
+
+def _renamed(names: Sequence[str]) -> dict[str, str]:
+    """Folder -> source name as the documents give it, where they differ."""
+    return {folder: name for folder, name in zip(folder_names(names), names, strict=True) if folder != name}
 
 
 SplitLengths = dict[str, dict[str, tuple[NDArray[np.int64], int]]]

@@ -20,6 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,7 +69,7 @@ class Pool:
             return
         context: Any = multiprocessing.get_context("spawn" if preload is None else "forkserver")
         if preload is not None:
-            context.set_forkserver_preload([preload])
+            self.warm(preload)
         life, held = context.Pipe(duplex=False)
         counts, counter = context.Pipe(duplex=False)
         executor = ProcessPoolExecutor(workers, context, _begin, (life, counter))
@@ -87,6 +88,13 @@ class Pool:
             executor.shutdown(wait=True, cancel_futures=True)
             for connection in (life, counts, counter):
                 connection.close()
+
+    def warm(self, preload: str) -> None:
+        """Begin to import `preload`, in a process of its own, for a later run()."""
+        if self.workers > 1:
+            multiprocessing.set_forkserver_preload([preload])
+            with _signals_held_back():
+                forkserver.ensure_running()
 
     def _run_here(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         global _send
@@ -125,6 +133,7 @@ def _in_flight(
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
+    resource_tracker.ensure_running()  # which lets the signals through again when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield

@@ -114,6 +114,8 @@ class _Run:
                     prefix.check_sources()
                 if prefix.full:
                     break
+                if len(self.made) == len(left) // 2:  # so that nobody waits for it later
+                    self.pool.warm(PRELOAD)
         check_share(folder, self.units, prefix, limit, final=True)
         prefix.check_sources()
         return prefix

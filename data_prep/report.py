@@ -41,6 +41,9 @@ def _text(manifest: Manifest, lengths: Lengths) -> str:
         f"{report['duplicates']:,} exact duplicates were "
         + ("kept." if manifest.settings["keep_duplicates"] else "left out."), "",
     ]  # fmt: skip
+    lines += [f"* source folder `{folder}`: {name}" for folder, name in sorted(report["source_names"].items())]
+    if report["source_names"]:
+        lines.append("")
     if report["left_out"]:
         lines += [*(f"* left out: {count:,} x {why}" for why, count in sorted(report["left_out"].items())), ""]
     if report["rejected"]:

@@ -99,10 +99,6 @@ def find_files(
     s3://. A file named twice counts once. The fingerprint changes with any name, size or time of change.
     PrepareError: an input does not exist or matches nothing, a named file is of an unknown kind, nothing is found.
     """
-    if isinstance(skipped_folders, str):  # the old interface
-        from data_prep import old_sources
-
-        return old_sources.find_files(inputs, skipped_folders)  # type: ignore[return-value]
     files: dict[str, SourceFile] = {}
     left_out: Counter[str] = Counter()
     for text in _without_lists(inputs):
@@ -122,15 +118,11 @@ def find_files(
     return ordered, dict(left_out), _fingerprint([[file.name, file.bytes, file.mtime_ns] for file in ordered])
 
 
-def default_corpus(*old: Any) -> Found:
+def default_corpus() -> Found:
     """Source and text files of the running Python's standard library: real, everywhere, nothing downloaded.
 
     Without times of change: the library of one Python version is the same wherever it was unpacked.
     """
-    if old:  # the old interface
-        from data_prep import old_sources
-
-        return old_sources.default_corpus(*old)  # type: ignore[return-value]
     root = sysconfig.get_paths()["stdlib"]
     infos = [i for i in storage.list_files(root, DEFAULT_SKIPPED_FOLDERS) if i.path.endswith(DEFAULT_SUFFIXES)]
     files = [SourceFile(info.path, os.path.relpath(info.path, root), info.bytes) for info in infos]
@@ -215,9 +207,3 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     if pattern[0] == "**":
         return _matches(parts, pattern[1:]) or (bool(parts) and _matches(parts[1:], pattern))
     return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
-
-
-def __getattr__(name: str) -> Any:  # the old interface
-    from data_prep import old_sources
-
-    return getattr(old_sources, name)

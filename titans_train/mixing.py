@@ -12,8 +12,21 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import gcd, lcm
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from titans_train.config.schema import Data
+
+Weights = tuple[tuple[int, Mapping[str, float]], ...]  # (from step, weight of each source)
 LONGEST_PERIOD = 100_000  # sequences; weights with up to four digits stay below it
+
+
+def phases_of(data: Data) -> Weights:
+    """What a config says: the weights of all its sources, from each step at which they change on."""
+    assert data.sources is not None
+    first = {name: source.weight for name, source in data.sources.items()}
+    later = {int(step): weights for step, weights in (data.weights_from or {}).items()}
+    return tuple(sorted({0: first, **later}.items()))
 
 
 def units(weights: Mapping[str, float]) -> dict[str, int]:

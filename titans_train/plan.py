@@ -14,6 +14,7 @@ from titans_train import plan_memory as memory
 from titans_train import plan_messages as messages
 from titans_train.config import ConfigError, RunConfig, check_config
 from titans_train.config.checks import feed_forward_width, padded_vocabulary
+from titans_train.mixing import phases_of
 from titans_train.placement import Placement
 from titans_train.plan_memory import ZeroSizes
 from titans_train.plan_messages import Messages
@@ -122,11 +123,22 @@ class Plan:
         return [
             *lines,
             *(carried if self.carried_bytes else []),
+            *(f"data        {line}" for line in self._describe_mixture()),
             f"mesh        {self.mesh_text}; ZeRO stage {c.parallel.zero_stage}",
             f"step        {batch}; each rank {self.accumulation} x {t.micro_batch_size} sequences, "
             f"{_waves(self.sequence.wave, self.accumulation)}",
             f"training    {t.steps:,} steps, {self.warmup_steps:,} of warm-up: {self.total_tokens:,} tokens",
             f"checkpoint  {human_bytes(disk)} each, {together}",
+        ]
+
+    def _describe_mixture(self) -> list[str]:
+        """Shares of the sources, from each step at which they change."""
+        data = self.config.data
+        if data.sources is None:
+            return []
+        return [
+            f"from step {step}: " + ", ".join(f"{name} {weight / sum(w.values()):.2%}" for name, weight in w.items())
+            for step, w in phases_of(data)
         ]
 
     def _describe_layout(self) -> list[str]:

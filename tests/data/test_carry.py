@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -114,15 +115,14 @@ def test_rows_start_afresh_at_an_epochs_first_step_only(prepared: Path, tmp_path
 
 def test_epochs_read_the_same_numbers_once_each_and_drop_the_rest(prepared: Path, tmp_path: Path) -> None:
     carrying, plain = (open_tokens(prepared, tmp_path, carry=carry) for carry in (True, False))
-    stream, total = carrying.sources["data"], plain.sources["data"].sequences
+    stream, total = carrying.sources["data"], plain.sources["data"].sequences_total
     steps = total // ROWS
-    assert stream.sequences == steps * ROWS
+    assert stream.sequences_total == steps * ROWS
     for epoch in range(3):
-        places = [stream._place(epoch * steps * ROWS + n) for n in range(steps * ROWS)]
-        assert sorted(places) == [(epoch, n) for n in range(steps * ROWS)]
-    assert [stream._place(ROWS * (steps + 1) + row) for row in range(ROWS)] == [
-        (1, row * steps + 1) for row in range(ROWS)
-    ]
+        epochs, places = stream._places(np.arange(epoch * steps * ROWS, (epoch + 1) * steps * ROWS))
+        assert set(epochs.tolist()) == {epoch} and sorted(places.tolist()) == list(range(steps * ROWS))
+    epochs, places = stream._places(ROWS * (steps + 1) + np.arange(ROWS))
+    assert epochs.tolist() == [1] * ROWS and places.tolist() == [row * steps + 1 for row in range(ROWS)]
     assert carrying.dropped_tokens - plain.dropped_tokens == (total - ROWS * steps) * LENGTH > 0
 
 
@@ -159,7 +159,7 @@ def test_a_row_reads_one_source_from_its_first_step_to_its_last(sources: dict[st
     assert names == [names[0]] * 12 and {n: names[0].count(n) for n in sources} == {"web": 4, "code": 2, "books": 4}
     read = [step[0] for step in loader(dataset, make_plan(config, world_size=1))]
     for row, name in enumerate(names[0]):
-        steps = dataset.sources[name].sequences // names[0].count(name)
+        steps = dataset.sources[name].sequences_total // names[0].count(name)
         for step in range(min(steps, 12) - 1):  # the last label is the first token of the next batch
             assert read[step].labels[row, -1] == read[step + 1].tokens[row, 0]
 

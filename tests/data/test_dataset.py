@@ -103,9 +103,7 @@ def test_sources_are_mixed_by_weight_and_the_weights_change_at_their_step(
         assert {n: figures[f"data_{n}"]["sequences"] for n in sources} == {n: names[:number].count(n) for n in sources}
 
 
-def test_weights_change_at_their_step_whatever_the_batch_sizes_before(
-    sources: dict[str, Path], tmp_path: Path
-) -> None:
+def test_weights_change_at_their_step_whatever_the_batch_sizes_before(sources: dict[str, Path], tmp_path: Path) -> None:
     dataset = open_dataset(mixed_config(sources, tmp_path, change=9))
     assert isinstance(dataset, TokenDataset)
     assert dataset.mixture.firsts == [0, 9 * 8]
@@ -118,10 +116,13 @@ def test_epochs_and_repeats_are_counted_per_source(sources: dict[str, Path], tmp
     dataset = open_dataset(mixed_config(sources, tmp_path, change=None))
     assert isinstance(dataset, TokenDataset)
     first = dataset.sequences_total  # books is the source that is read first
-    books = dataset.sources["books"].sequences
+    books = dataset.sources["books"].sequences_total
     assert dataset.figures(first)["data_books"] | {"share": 0} == {
-        "sequences": books, "share": 0, "epoch": 1.0, "repeats": 0
+        "sequences": books, "tokens": books * 128, "share": 0, "epoch": 1.0, "repeats": 0, "padding": 0.0
     }  # fmt: skip
+    assert f"books: 13 documents, 5,694 tokens, {books} sequences an epoch; the run reads {books}, 1.00 epochs" in (
+        dataset.describe(first)
+    )
     later = next(n for n in range(first, first + 50) if dataset.place(n)[0].name == "books") + 1
     assert dataset.figures(later)["data_books"]["repeats"] == 1
     assert dataset.figures(later)["data_web"]["repeats"] == 0
@@ -137,8 +138,8 @@ def test_a_source_of_the_mixture_reads_what_it_reads_alone_in_its_order(
     places = [dataset.place(number) for number in range(200)]
     for name, stream in dataset.sources.items():
         assert [place for found, place in places if found is stream] == list(range(sum(s is stream for s, _ in places)))
-        epoch = torch.stack([stream.sequence(place).tokens for place in range(stream.sequences)])
-        assert len({row.numpy().tobytes() for row in epoch}) == stream.sequences, name
+        epoch = torch.stack([stream.sequences([place]).tokens[0] for place in range(stream.sequences_total)])
+        assert len({row.numpy().tobytes() for row in epoch}) == stream.sequences_total, name
 
 
 def test_validation_mixes_with_the_first_weights(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_a_part_of_a_sequence_is_that_part_of_the_whole(
     for number in range(40):
         whole = dataset.sequence(number)
         for begin, end in [(0, 64), (64, 128), (32, 48), (112, 128)]:
-            part = dataset.sequence(number, begin, end)
+            part = dataset.sequences([number], begin, end)[0]
             for name in ("tokens", "labels", "document_starts"):
                 found, expected = getattr(part, name), getattr(whole, name)
                 assert (found is None) == (expected is None)
@@ -181,7 +182,7 @@ def test_a_part_reads_no_shard_that_it_does_not_need(prepared: Path, tmp_path: P
     """Ranks that share a sequence decompress only the shards that hold their own part."""
     folder = Path(shutil.copytree(prepared, tmp_path / "copy"))  # no shard of it is open in this process
     dataset = open_tokens(folder, tmp_path, shuffle=False, length=6400)
-    dataset.sequence(0, 0, 100)
+    dataset.sequences([0], 0, 100)
     assert len(list(tmp_path.glob("test/cache/**/shard.*.mds"))) == 1
 
 

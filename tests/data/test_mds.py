@@ -25,6 +25,7 @@ def written(tmp_path: Path) -> Path:
 
 def test_pieces_are_what_was_written(written: Path) -> None:
     file = MdsFile(written, 3)
+    assert file.lengths(4).tolist() == [len(tokens) for tokens in DOCUMENTS]
     for index, tokens in enumerate(DOCUMENTS):
         assert file.name(index) == NAMES[index]
         assert file.length(index, 4) == len(tokens)

@@ -6,7 +6,7 @@ from titans_train.data.order import (
     document_order,
     permutation,
     random_bits,
-    sequence_place,
+    sequence_places,
 )
 
 SHARDS = np.array([3, 5, 1, 4] * 6)
@@ -49,8 +49,12 @@ FIXED_PERMUTATION = [1, 3, 7, 5, 2, 0, 4, 6]
 
 def test_sequences_are_shuffled_once_each_within_windows() -> None:
     total = 2 * SEQUENCE_WINDOW + 100
-    places = [sequence_place(i, total, 3, 1, True) for i in range(total)]
-    assert sorted(places) == list(range(total)) and places != list(range(total))
-    assert max(places[:SEQUENCE_WINDOW]) < SEQUENCE_WINDOW
-    assert [sequence_place(i, total, 3, 2, True) for i in range(50)] != places[:50]
-    assert [sequence_place(i, total, 3, 1, False) for i in range(9)] == list(range(9))
+    every, epoch = np.arange(total), np.ones(total, np.int64)
+    places = sequence_places(every, epoch, total, 3)
+    assert sorted(places.tolist()) == every.tolist() != places.tolist()
+    assert places[:SEQUENCE_WINDOW].max() < SEQUENCE_WINDOW
+    assert (sequence_places(every, epoch * 2, total, 3) != places).any()
+    mixed = np.array([total - 1, 5, SEQUENCE_WINDOW, 5])
+    found = sequence_places(mixed, np.array([1, 1, 1, 2]), total, 3)
+    assert found[:3].tolist() == places[mixed[:3]].tolist()
+    assert found[3] == sequence_places(mixed, epoch[:4] * 2, total, 3)[3]

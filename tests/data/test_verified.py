@@ -8,7 +8,10 @@ import pytest
 from tests.data.folders import flip, open_store, read_all
 from tests.faults import Faults, Kind, proxy
 from tests.s3 import BUCKET, client, environment, s3_server, set_environment, upload
+from titans_train.data.cache import Cache
 from titans_train.data.errors import DataError
+from titans_train.data.remote import Remote
+from titans_train.data.tokenizer import open_tokenizer
 
 NAMES = {"compressed": "shard.00001.mds.zstd", "raw": "shard.00001.mds"}
 
@@ -51,7 +54,10 @@ def test_a_remote_folder_reads_as_the_local_one(
     store, same = open_store(url(kind) + "/", tmp_path), open_store(local(kind, prepared, prepared_raw), tmp_path / "l")
     assert read_all(store) == read_all(same)
     assert store.fingerprint == same.fingerprint
-    assert store.tokenizer().decode([104, 105, 256]) == "hi"
+    assert open_tokenizer(url(kind), Cache(tmp_path / "t"), Remote()).decode([104, 105, 256]) == "hi"
+    entries = same.manifest.splits["train"]["text"].shards  # a compressed one is fetched beside its raw form
+    sizes = [entry.raw.bytes + (entry.compressed.bytes if entry.compressed else 0) for entry in entries]
+    assert store.largest_shards(1) == max(sizes)
     kept = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and "zstd" in path.name]
     assert kept == []  # nothing is kept twice
 

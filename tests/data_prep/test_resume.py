@@ -70,7 +70,7 @@ def test_a_stop_signal_to_all_processes_ends_them_and_says_how_to_go_on(
 ) -> None:
     """As Ctrl-C in a terminal, or a batch system that ends a job."""
     process = start(texts, tmp_path / "out", "--workers", "2")
-    wait_for(lambda: units(tmp_path / ".out.partial") >= 4, process)
+    wait_for(lambda: units(tmp_path / ".out.partial") >= 3, process)
     os.killpg(process.pid, number)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 128 + number

@@ -114,7 +114,7 @@ def wait(folder: Path, options: argparse.Namespace) -> Row:
     """A run of the config, two processes with a reader each; needs its data prepared."""
     rows = []
     for number in range(options.rounds):
-        settings = [f"run.folder={folder}", f"run.name=wait-{number}", "training.steps=60", "monitoring.tensorboard=false"]
+        settings = [f"run.folder={folder}", f"run.name=wait-{number}", "training.steps=60"]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += ["-m", "titans_train", "train", options.config, *settings]
         subprocess.run(command, check=True, capture_output=True)
@@ -122,7 +122,8 @@ def wait(folder: Path, options: argparse.Namespace) -> Row:
         logged = [found for line in lines if "data_wait" in (found := json.loads(line))][1:]  # the first step apart
         rows.append({key: median(row[key] for row in logged) for key in ("data_wait", "tokens_per_second")})
     found = medians(rows)
-    print(f"{options.config}: {found['data_wait']:.3%} of a step waits for data, {found['tokens_per_second']:,.0f} tokens/s")
+    share, speed = found["data_wait"], found["tokens_per_second"]
+    print(f"{options.config}: {share:.3%} of a step waits for data, {speed:,.0f} tokens/s")
     return found
 
 

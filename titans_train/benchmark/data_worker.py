@@ -38,7 +38,7 @@ def dataset_of(prepared: str, cache: str, workers: int = 0, length: int = LENGTH
 def place_of(dataset: TokenDataset, number: int) -> int:
     """Which of the first epoch's packed sequences is read as `number`."""
     stream, place = dataset.place(number)
-    return stream._place(place)[1]
+    return int(stream._places(np.array([place]))[1][0])
 
 
 def flatten(prepared: str, flat: str) -> dict[str, Any]:

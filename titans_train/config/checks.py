@@ -283,8 +283,8 @@ def carried(config: RunConfig) -> Iterator[Problem]:
         rows = config.training.global_batch_size
         if rows % period:
             message = (
-                f"{rows} rows cannot be shared by the weights of data.sources: where rows carry their state, each reads "
-                f"one source, so the rows must be a multiple of {period}"
+                f"{rows} rows cannot be shared by the weights of data.sources: where rows carry their state, each "
+                f"reads one source, so the rows must be a multiple of {period}"
             )
             choices = nearest_multiples(period, rows)
             yield Problem("training.global_batch_size", message, use("training.global_batch_size", choices))

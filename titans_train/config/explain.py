@@ -218,7 +218,8 @@ def _all_keys(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[tupl
 def _similar_key(loc: tuple[str, ...]) -> str:
     """The key of the same section most like this one, else the same or a similar key of another section."""
     keys = _all_keys(RunConfig)
-    siblings = [k[-1] for k in keys if len(k) == len(loc) and all(a in (b, "NAME") for a, b in zip(k[:-1], loc[:-1]))]
+    beside = [k for k in keys if len(k) == len(loc)]
+    siblings = [k[-1] for k in beside if all(a in (b, "NAME") for a, b in zip(k[:-1], loc[:-1], strict=True))]
     similar = closest(loc[-1], siblings)
     if similar is not None:
         return f"did you mean {'.'.join((*loc[:-1], similar))}?"

@@ -31,7 +31,8 @@ from titans_train.data.errors import DataError
 
 MARKER = ".checked"
 _LOCKS = 256  # files; two shards may share one
-_FOREIGN_SECONDS = 24 * 3600  # how long what another host is making stays
+_FOREIGN_SECONDS = 24 * 3600  # how long what another host is making stays,
+_FOREIGN_ROOM_SECONDS = 3600  # and how long the room that it asked for counts
 _OPENING_TRIES = 10
 _WAIT_SECONDS = 600.0  # for room that other processes are filling
 _STAMP = re.compile(r"\.(?:part|shared|room-(?P<bytes>\d+))~(?P<host>[0-9a-f]{16})-(?P<pid>\d+)-(?P<started>\d+)-")
@@ -208,7 +209,7 @@ def _living(stamp: re.Match[str], entry: os.DirEntry[str]) -> bool:
     if stamp["host"] == host():
         return _started(int(stamp["pid"])) == int(stamp["started"])
     with contextlib.suppress(FileNotFoundError):
-        return time.time() - entry.stat().st_mtime < _FOREIGN_SECONDS
+        return time.time() - entry.stat().st_mtime < (_FOREIGN_ROOM_SECONDS if stamp["bytes"] else _FOREIGN_SECONDS)
     return False
 
 

@@ -42,12 +42,19 @@ def problem(path: Path, file: FileEntry, marker: Path, cache: Cache) -> str | No
     fresh = time.time() - changed < _SETTLED_SECONDS
     if (found := difference(path, file)) is not None:
         return found
-    with contextlib.suppress(OSError):  # without a marker the next process checks again
-        if not fresh or path.parent == marker.parent:  # nobody else writes to the cache
-            temporary = cache.temporary(marker)
-            temporary.write_text(json.dumps({"state": state, "host": host_name(), "boot": boot()}), "utf-8")
-            os.replace(temporary, marker)
+    if not fresh or path.parent == marker.parent:  # nobody else writes to the cache
+        _remember(marker, {"state": state, "host": host_name(), "boot": boot()}, cache)
     return None
+
+
+def _remember(marker: Path, content: dict[str, object], cache: Cache) -> None:
+    """Without a marker, as on a full disk, the next process checks again."""
+    temporary = cache.temporary(marker)
+    try:
+        temporary.write_text(json.dumps(content), "utf-8")
+        os.replace(temporary, marker)
+    except OSError:
+        temporary.unlink(missing_ok=True)
 
 
 def touch(marker: Path) -> None:

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from titans_train.data.errors import DataError
-from titans_train.mixing import units
-
-Weights = tuple[tuple[int, Mapping[str, float]], ...]  # (from step, weight of each source)
+from titans_train.mixing import Weights, units
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import xxhash
 from data_prep.manifest import SPLITS
 from data_prep.tokenizer import Tokenizer
 from titans_train.data.cache import Cache
-from titans_train.data.cursor import Cursor, Weights
+from titans_train.data.cursor import Cursor
 from titans_train.data.errors import DataError
 from titans_train.data.order import GROUP_SHARDS
 from titans_train.data.packing import Layout
@@ -21,7 +21,7 @@ from titans_train.data.sample import Sample
 from titans_train.data.shards import ShardStore
 from titans_train.data.source import SourceStream
 from titans_train.data.tokenizer import open_tokenizer, paths_of
-from titans_train.mixing import Mixture
+from titans_train.mixing import Mixture, Weights, phases_of
 
 if TYPE_CHECKING:
     from titans_train.config.schema import RunConfig
@@ -32,7 +32,8 @@ ONLY = "data"  # the name of the source where data.path gives one
 class TokenDataset:
     """The sources of a run, mixed by weight sequence by sequence.
 
-    `length`: tokens of a sequence. `sequences_total`: until the first source has been read once. `padding_share` and `bytes_per_token` (text bytes per
+    `length`: tokens of a sequence.
+    `sequences_total`: until the first source has been read once. `padding_share` and `bytes_per_token` (text bytes per
     token, end-of-document tokens included): means with the weights of step 0. `fingerprints`: by source, of what was
     prepared; change whenever the data does.
     """
@@ -46,7 +47,7 @@ class TokenDataset:
         first = self.mixture.phases[0]
         streams = list(self.sources.values())
         self.sequences_total = min(
-            _until(first.order, source, first.shares[source], stream.sequences)
+            _until(first.order, source, first.shares[source], stream.sequences_total)
             for source, stream in enumerate(streams)
             if first.shares[source]
         )
@@ -70,23 +71,54 @@ class TokenDataset:
         source, place = self.mixture.place(number)
         return list(self.sources.values())[source], place
 
-    def sequence(self, number: int, begin: int = 0, end: int | None = None) -> Sample:
-        """Positions [begin, end) of sequence `number` of the run; nothing else is read."""
-        stream, place = self.place(number)
-        return stream.sequence(place, begin, end)
+    def sequence(self, number: int) -> Sample:
+        """Sequence `number` of the run, [length]."""
+        return self.sequences([number])[0]
+
+    def sequences(self, numbers: Sequence[int], begin: int = 0, end: int | None = None) -> Sample:
+        """Positions [begin, end) of these sequences of the run, [n, end - begin]; nothing else is read."""
+        streams = list(self.sources.values())
+        if len(streams) == 1:
+            return streams[0].sequences(numbers, begin, end)
+        places = [self.mixture.place(number) for number in numbers]
+        parts, order = [], []
+        for source in dict.fromkeys(source for source, _ in places):
+            rows = [row for row, (of, _) in enumerate(places) if of == source]
+            parts.append(streams[source].sequences([places[row][1] for row in rows], begin, end))
+            order += rows
+        return parts[0] if len(parts) == 1 else Sample.join(parts, order)
+
+    def readers_started(self) -> None:
+        """So that the next run can clean up after this one, should it be killed."""
+        next(iter(self.sources.values())).store.cache.note_shared_memory()
+
+    def describe(self, sequences: int) -> list[str]:
+        """A line for each source: what there is, and how often `sequences` of the run read it."""
+        lines = []
+        for stream, count in zip(self.sources.values(), self.mixture.counts(sequences), strict=True):
+            padding = f", {stream.padding_share:.1%} padding" if stream.layout.isolate else ""
+            lines.append(
+                f"{stream.name}: {stream.store.documents:,} documents, {stream.store.tokens_total:,} tokens{padding}, "
+                f"{stream.sequences_total:,} sequences an epoch; the run reads {count:,}, "
+                f"{count / stream.sequences_total:.2f} epochs"
+            )
+        return lines
 
     def figures(self, sequences: int) -> dict[str, dict[str, float]]:
-        """For each source, of the first `sequences` of the run: how many, their share, epochs begun and repeats.
+        """For each source, of the first `sequences` of the run: how many, their positions and share, epochs, repeats.
 
-        epoch: how often the source has been read, a fraction. repeats: how often it was begun again.
+        epoch: how often the source has been read, a fraction. repeats: how often it was begun again. padding: share of
+        the positions that hold no document.
         """
         found = {}
         for (name, stream), count in zip(self.sources.items(), self.mixture.counts(sequences), strict=True):
             found[f"data_{name}"] = {
                 "sequences": count,
+                "tokens": count * self.length,
                 "share": count / max(sequences, 1),
-                "epoch": count / stream.sequences,
-                "repeats": max(count - 1, 0) // stream.sequences,
+                "epoch": count / stream.sequences_total,
+                "repeats": max(count - 1, 0) // stream.sequences_total,
+                "padding": stream.padding_share,
             }
         return found
 
@@ -105,12 +137,10 @@ def _until(order: Any, source: int, share: int, sequences: int) -> int:
 
 def weights_of(config: RunConfig, split: str = "train") -> Weights:
     """The sources' weights by the step from which they are in force; a validation split keeps the first ones."""
-    data = config.data
-    if data.sources is None:
+    if config.data.sources is None:
         return ((0, {ONLY: 1.0}),)
-    first = {name: source.weight for name, source in data.sources.items()}
-    later = {int(step): weights for step, weights in (data.weights_from or {}).items()} if split == "train" else {}
-    return tuple(sorted({0: first, **later}.items()))
+    phases = phases_of(config.data)
+    return phases if split == "train" else phases[:1]
 
 
 def open_dataset(
@@ -134,7 +164,7 @@ def open_dataset(
     layout = Layout(config.training.sequence_length, config.data.packing == "isolate", alignment)
     shuffle = config.data.shuffle and split == "train"
     streams = {
-        name: SourceStream(store, layout, _seed(config, name), shuffle, rows and rows[name], name)
+        name: SourceStream(store, layout, _seed(config, name), shuffle, rows[name] if rows else None, name)
         for name, store in stores.items()
     }
     return TokenDataset(streams, weights, Cursor.constant(config.training.global_batch_size))

@@ -21,7 +21,6 @@ from titans_train.data.dataset import TokenDataset
 from titans_train.data.errors import DataError
 from titans_train.data.parent import end_with_parent
 from titans_train.data.recall import RecallDataset
-from titans_train.data.sample import Sample
 
 if TYPE_CHECKING:
     from titans_train.config.schema import Data
@@ -50,14 +49,8 @@ class Batch:
 
 def collect(dataset: TokenDataset | RecallDataset, numbers: list[int], begin: int = 0, end: int | None = None) -> Batch:
     """Positions [begin, end) of these sequences as one micro-batch."""
-    samples: list[Sample] = [dataset.sequence(number, begin, end) for number in numbers]
-    starts = [sample.document_starts for sample in samples if sample.document_starts is not None]
-    return Batch(
-        tokens=torch.stack([sample.tokens for sample in samples]),
-        labels=torch.stack([sample.labels for sample in samples]),
-        document_starts=torch.stack(starts) if starts else None,
-        sample_ids=numbers,
-    )
+    found = dataset.sequences(numbers, begin, end)
+    return Batch(found.tokens, found.labels, found.document_starts, numbers)
 
 
 @dataclass(frozen=True)
@@ -141,6 +134,8 @@ def _read(steps: _RankSteps, data: Data) -> Iterator[list[Batch]]:
         worker_init_fn=_start_worker,
     )
     items = iter(reading)
+    if data.workers:
+        steps.dataset.readers_started()
     for _ in range(len(steps)):
         item = _next(items, data)
         if isinstance(item, DataError):

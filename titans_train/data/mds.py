@@ -29,6 +29,7 @@ class MdsFile:
         self._state = _state(info)
         table = np.frombuffer(self._read(0, 4 * (documents + 2)), "<u4")
         self._offsets = table[1:].copy()
+        self._table = self._offsets.data  # faster to index
         if int(table[0]) != documents or not check_offsets(table[1:], info.st_size):
             raise ValueError(f"expected {documents} documents, its table says {table[0]}, or its offsets are wrong")
 
@@ -53,6 +54,11 @@ class MdsFile:
         """Tokens of document `index`, of `itemsize` bytes each. ValueError: the header contradicts the table."""
         return self._sizes(index)[2] // itemsize
 
+    def lengths(self, itemsize: int) -> NDArray[np.int64]:
+        """Tokens of each document, of `itemsize` bytes each, from all headers. ValueError as `length`."""
+        sizes = [self._sizes(index)[2] for index in range(len(self._offsets) - 1)]
+        return np.array(sizes, np.int64) // itemsize
+
     def name(self, index: int) -> str:
         """The name a document was prepared under."""
         begin, size, _ = self._sizes(index)
@@ -70,6 +76,17 @@ class MdsFile:
             raise ValueError(f"tokens {begin} to {end} of document {index}, which has {size // dtype.itemsize}")
         first = place + _HEADER + name + begin * dtype.itemsize
         return np.frombuffer(self._read(first, (end - begin) * dtype.itemsize), dtype)
+
+    def read_into(self, index: int, before_end: int, buffer: memoryview) -> None:
+        """Bytes of document `index` from `before_end` before its end on, as many as the buffer has.
+
+        ValueError: it has fewer. Its header is not read: the table says where it ends.
+        """
+        begin, end = self._table[index], self._table[index + 1]
+        if before_end > end - begin - _HEADER:
+            raise ValueError(f"it has {end - begin - _HEADER} bytes, {before_end} of tokens expected")
+        if os.preadv(self._descriptor, (buffer,), end - before_end) != len(buffer):  # cut, or interrupted
+            buffer[:] = self._read(end - before_end, len(buffer))
 
     def _sizes(self, index: int) -> tuple[int, int, int]:
         """(offset of the sample, bytes of the name, bytes of the tokens)."""

@@ -30,18 +30,21 @@ def permutation(count: int, *key: int) -> Integers:
     return np.argsort(random_bits(count, *key), kind="stable").astype(np.int64)
 
 
-def sequence_place(index: int, total: int, seed: int, epoch: int, shuffle: bool) -> int:
-    """Which of an epoch's `total` packed sequences is read as its `index`-th.
+def sequence_places(indices: Integers, epochs: Integers, total: int, seed: int) -> Integers:
+    """Which of an epoch's `total` packed sequences is read as its `index`-th, shuffled; for each index and its epoch.
 
     Consecutive sequences are cut from the same long document; a batch of them would be a batch of one document. So
-    they are shuffled within windows of SEQUENCE_WINDOW, which keeps reading local; not where rows carry, since each
-    row of a batch then reads another part of the epoch.
+    they are shuffled within windows of SEQUENCE_WINDOW, which keeps reading local. (Where rows carry they are not:
+    each row of a batch reads another part of the epoch.)
     """
-    if not shuffle:
-        return index
-    window, place = divmod(index, SEQUENCE_WINDOW)
-    first = window * SEQUENCE_WINDOW
-    return first + int(_window_order(window, min(SEQUENCE_WINDOW, total - first), seed, epoch)[place])
+    windows, places = np.divmod(indices, SEQUENCE_WINDOW)
+    found = np.empty(len(indices), np.int64)
+    for window, epoch in set(zip(windows.tolist(), epochs.tolist(), strict=True)):
+        first = window * SEQUENCE_WINDOW
+        order = _window_order(window, min(SEQUENCE_WINDOW, total - first), seed, epoch)
+        (here,) = np.nonzero((windows == window) & (epochs == epoch))
+        found[here] = first + order[places[here]]
+    return found
 
 
 @lru_cache(maxsize=4)

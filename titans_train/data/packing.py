@@ -8,6 +8,7 @@ crosses a sequence's end goes on in the next one (as a new start, unless rows ca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +18,16 @@ Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Tokens [begin, end) of a document, at `position` of what was asked for; `length`: of the whole document."""
+class Pieces:
+    """Parts of documents, one per entry of each array [pieces], in reading order: tokens [begin, end) of a document of
+    `length` tokens go to `position` of row `row`."""
 
-    document: int
-    begin: int
-    end: int
-    position: int
-    length: int
+    row: Integers
+    position: Integers
+    document: Integers
+    begin: Integers
+    end: Integers
+    length: Integers
 
 
 @dataclass(frozen=True)
@@ -54,30 +57,31 @@ class Layout:
 
 
 class EpochPacking:
-    """The pieces of every sequence of one epoch. Holds two int64 per document."""
+    """The pieces of every sequence of one epoch. Holds three int64 per document."""
 
     def __init__(self, layout: Layout, lengths: Integers, order: Integers) -> None:
         """`lengths` by document number; `order`: document numbers in reading order."""
         self._layout = layout
         self._lengths = lengths
         self._order = order
-        self._ends = np.cumsum(layout.slots(lengths[order]))
+        slots = layout.slots(lengths[order])
+        self._ends = np.cumsum(slots)
+        self._begins = self._ends - slots
 
-    def pieces(self, index: int, begin: int, end: int) -> list[Piece]:
-        """What fills positions [begin, end) of sequence `index`, in order; `concatenate`: and the label after them.
+    def pieces(self, indices: Sequence[int] | Integers, begin: int, end: int) -> Pieces:
+        """What fills positions [begin, end) of these sequences, each a row; `concatenate`: and the label after them.
 
-        With `isolate` a piece may be empty of tokens: the rest is padding.
+        Padding has no piece.
         """
-        low = index * self._layout.length + begin
+        low = np.asarray(indices, np.int64) * self._layout.length + begin
         high = low + (end - begin) + (0 if self._layout.isolate else 1)
-        first = int(np.searchsorted(self._ends, low, side="right"))
-        last = int(np.searchsorted(self._ends, high, side="left"))
-        pieces = []
-        for place in range(first, last + 1):
-            document = int(self._order[place])
-            start = int(self._ends[place - 1]) if place else 0
-            length = int(self._lengths[document])
-            from_here = max(low - start, 0)
-            upto = min(high - start, length)
-            pieces.append(Piece(document, from_here, max(upto, from_here), start + from_here - low, length))
-        return pieces
+        first = np.searchsorted(self._ends, low, side="right")
+        count = np.searchsorted(self._ends, high, side="left") - first + 1
+        row = np.arange(len(low)).repeat(count)
+        place = np.arange(len(row)) + (first - np.cumsum(count) + count)[row]
+        document, start, lowest = self._order[place], self._begins[place], low[row]
+        length = self._lengths[document]
+        begins, ends = np.maximum(lowest - start, 0), np.minimum(high[row] - start, length)
+        found = (row, start + begins - lowest, document, begins, ends, length)
+        filled = begins < ends
+        return Pieces(*found) if filled.all() else Pieces(*(values[filled] for values in found))

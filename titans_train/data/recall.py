@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from titans_train.data.cursor import Cursor, Weights
+from titans_train.data.cursor import Cursor
 from titans_train.data.errors import DataError
 from titans_train.data.order import permutation, random_bits
 from titans_train.data.sample import IGNORE, Sample
+from titans_train.mixing import Weights
 
 if TYPE_CHECKING:
     from titans_train.config.schema import Recall, RunConfig
@@ -77,11 +79,23 @@ class RecallDataset:
         """The same: no step changes it."""
         return self
 
+    def readers_started(self) -> None:
+        pass
+
+    def describe(self, sequences: int) -> list[str]:
+        return []
+
     def figures(self, sequences: int) -> dict[str, dict[str, float]]:
         return {}
 
-    def sequence(self, number: int, begin: int = 0, end: int | None = None) -> Sample:
-        """Positions [begin, end): tokens, labels int64; no document starts."""
+    def sequences(self, numbers: Sequence[int], begin: int = 0, end: int | None = None) -> Sample:
+        """Positions [begin, end) of these sequences: tokens, labels [n, end - begin] int64; no document starts."""
+        found = [self.sequence(number) for number in numbers]
+        tokens, labels = (torch.stack([getattr(s, name)[begin:end] for s in found]) for name in ("tokens", "labels"))
+        return Sample(tokens, labels, None)
+
+    def sequence(self, number: int) -> Sample:
+        """tokens, labels [length] int64; no document starts."""
         task, key = self._recall, (*self._key, number)
         keys = permutation(task.keys, *key, 0)[: task.pairs]
         values = task.keys + (random_bits(task.pairs, *key, 1) % np.uint64(task.values)).astype(np.int64)
@@ -97,4 +111,4 @@ class RecallDataset:
         tokens[asked : asked + pairs_end : 2] = keys[queries]
         tokens[asked + 1 : asked + pairs_end : 2] = values[queries]
         labels[asked : asked + pairs_end : 2] = values[queries]
-        return Sample(torch.from_numpy(tokens[begin:end]), torch.from_numpy(labels[begin:end]), None)
+        return Sample(torch.from_numpy(tokens), torch.from_numpy(labels), None)

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +24,9 @@ from titans_train.data.mds import MdsFile, Tokens
 from titans_train.data.remote import Remote, is_remote
 from titans_train.data.verified import REMEDY, VerifiedFiles, read_manifest
 
-if TYPE_CHECKING:
-    from data_prep.tokenizer import Tokenizer
-
 _TRIES = 8  # of a file that others change or remove before it is open
 _REMOTE = Remote()
+Integers = NDArray[np.int64]
 _Result = TypeVar("_Result")
 
 
@@ -48,7 +46,7 @@ class ShardStore:
         DataError: no such folder, not a prepared one, of another version, without that source, or without a shard.
         """
         self.path = path.rstrip("/") if is_remote(path) else str(Path(path).expanduser().absolute())
-        self.split = split
+        self.split, self.cache = split, cache
         _clean(cache)
         text = read_manifest(self.path, cache, remote)
         try:
@@ -69,8 +67,9 @@ class ShardStore:
             for shard in entry.shards
         ]
         self.documents_per_shard = np.array([shard.documents for _, shard in self._shards], np.int64)
-        self._first: list[int] = [0, *np.cumsum(self.documents_per_shard).tolist()]
-        self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        self._ends = np.cumsum(self.documents_per_shard)
+        self._first: list[int] = [0, *self._ends.tolist()]
+        self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._identity = f"{cache.folder}/{self.fingerprint}/{split}/{self.path}"  # of the open files of this process
         self._lengths: NDArray[np.int64] | None = None
         self._check_present()
@@ -82,7 +81,9 @@ class ShardStore:
         known = sorted(self.manifest.splits.get(self.split, {}))
         if not known:
             raise DataError(f"{self.path} has no documents in split {self.split}; prepare the data again with more")
-        if source is not None and source not in known:
+        if source is not None and any(source in sources for sources in self.manifest.splits.values()):
+            return (source,) if source in known else ()  # a small source may have no document in a split
+        if source is not None:
             raise DataError(
                 f"{self.path}, split {self.split}, has no source {source!r}; it has {', '.join(known)}: name one of "
                 "these, or prepare the data again"
@@ -105,11 +106,8 @@ class ShardStore:
             raise DataError(f"shard {missing[0]}{more} is missing; {REMEDY}")
 
     def largest_shards(self, count: int) -> int:
-        """Bytes that the cache must hold to have the `count` largest shards at once; 0 where all are read in place."""
-        remote = is_remote(self.path)
-        cached = [shard for _, shard in self._shards if remote or shard.compressed is not None]
-        sizes = sorted((s.raw.bytes + (s.compressed.bytes if s.compressed else 0) for s in cached), reverse=True)
-        return sum(sizes[:count])
+        """Bytes that the cache needs to have the `count` largest shards at once; 0 where all are read in place."""
+        return sum(sorted((self._files.room(shard) for _, shard in self._shards), reverse=True)[:count])
 
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each document [documents], its end-of-document token included; mapped where one source is read.
@@ -118,7 +116,7 @@ class ShardStore:
         """
         if self._lengths is None:
             parts = [self._source_lengths(source) for source in self.sources]
-            self._lengths = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            self._lengths = parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
         return self._lengths
 
     def _source_lengths(self, source: str) -> NDArray[np.int64]:
@@ -140,7 +138,7 @@ class ShardStore:
         length = int(self.lengths()[document])
         if not 0 <= begin < end <= length:
             raise DataError(f"{self._label(number)}, document {document}: tokens {begin} to {end} of {length}")
-        tokens = self._read(number, document, lambda file: file.tokens(index, begin, end, self._dtype, length))
+        tokens = self._read(number, document, lambda file: file.tokens(index, begin, end, self.dtype, length))
         tokenizer = self.manifest.tokenizer
         if end == length and tokens[-1] != tokenizer.end_of_document:
             raise DataError(
@@ -154,19 +152,61 @@ class ShardStore:
             )
         return tokens
 
+    def read(self, documents: Integers, begins: Integers, ends: Integers, out: Tokens, positions: Integers) -> None:
+        """Tokens [begin, end) of each document into `out`, of `dtype`, from `position` on in its flat order.
+
+        Nothing else is read, and a document's shard is found, checked and read as by `tokens`. DataError as there.
+        """
+        lengths = np.asarray(self.lengths())[documents]
+        if (wrong := np.flatnonzero((begins < 0) | (begins > ends) | (ends > lengths))).size:
+            n = int(wrong[0])
+            raise DataError(f"document {documents[n]}: tokens {begins[n]} to {ends[n]} of {lengths[n]}")
+        shards = self._ends.searchsorted(documents, side="right")
+        index, size = documents - (self._ends - self.documents_per_shard)[shards], self.dtype.itemsize
+        columns = (shards, index, (lengths - begins) * size, (ends - begins) * size, positions * size)
+        pieces = list(zip(*(column.tolist() for column in columns), strict=True))
+        for _ in range(_TRIES):
+            files: dict[int, MdsFile] = {}
+            failed = self._fill(pieces, out.data.cast("B"), files)
+            changed = [shard for shard, file in files.items() if not file.unchanged()]
+            if not changed and failed is None:
+                self._check_vocabulary(out)
+                return
+            if not changed:
+                raise DataError(f"{self._label(failed[0])}: {failed[1]}; {REMEDY}") from failed[1]
+            for shard in changed:
+                opened.close((self._identity, shard))  # to be checked again
+        raise DataError(f"{self._label(changed[0])} changes while it is read; {REMEDY}")
+
+    def _fill(
+        self, pieces: list[tuple[int, int, int, int, int]], buffer: memoryview, files: dict[int, MdsFile]
+    ) -> tuple[int, Exception] | None:
+        """Reads pieces (shard, document in it, bytes before its end, bytes, place in the buffer).
+
+        Puts the files it opens into `files`. The shard that failed and why, if one did. Runs for every document read.
+        """
+        shard = 0
+        try:
+            for shard, index, before_end, count, place in pieces:
+                file = files.get(shard)
+                if file is None:
+                    file = files[shard] = self._file(shard)
+                file.read_into(index, before_end, buffer[place : place + count])
+        except DataError:
+            raise
+        except (OSError, ValueError) as error:
+            return shard, error
+        return None
+
+    def _check_vocabulary(self, tokens: Tokens) -> None:
+        vocabulary = self.manifest.tokenizer.vocabulary
+        if tokens.size and (largest := int(tokens.max())) >= vocabulary:
+            raise DataError(f"{self.path}, {self.split}: token {largest}, expected below {vocabulary}; {REMEDY}")
+
     def name(self, document: int) -> str:
         """What a document was called when it was prepared. DataError as `tokens`."""
         number, index = self._place(document)
         return self._read(number, document, lambda file: file.name(index))
-
-    def tokenizer(self) -> Tokenizer:
-        """What the documents were made with. DataError or PrepareError: its file disagrees with the manifest."""
-        from data_prep.tokenizer import prepared_tokenizer
-
-        entry, folder = self.manifest.tokenizer, Path(self.path)
-        if is_remote(self.path) and entry.file is not None:
-            folder = self._files.copy(".", entry.file).parent
-        return prepared_tokenizer(entry, folder)
 
     def _place(self, document: int) -> tuple[int, int]:
         """(number of the shard, document within it)."""
@@ -208,11 +248,24 @@ class ShardStore:
             return file
 
         try:
-            return _retried(verified), self._files.marker(folder, shard.raw)
+            file = _retried(verified)
+            self._check_lengths(number, file)
+            return file, self._files.marker(folder, shard.raw)
         except DataError:
             raise
         except (OSError, ValueError) as error:
             raise DataError(f"{self._label(number)}: {error}; {REMEDY}") from error
+
+    def _check_lengths(self, number: int, file: MdsFile) -> None:
+        """Pieces are found by the lengths file, so it must agree with the shard's own headers."""
+        first, last = self._first[number], self._first[number + 1]
+        found, expected = file.lengths(self.dtype.itemsize), self.lengths()[first:last]
+        if (wrong := np.flatnonzero(found != expected)).size:
+            n = int(wrong[0])
+            raise DataError(
+                f"{self._label(number)}, document {first + n}: expected {expected[n]} tokens, found {found[n]}; "
+                f"{REMEDY}"
+            )
 
 
 def text_hash(text: str) -> str:

@@ -65,25 +65,23 @@ def lines(dataset: TokenDataset, numbers: Sequence[int], tokenizer: Tokenizer, c
         yield ""
         yield (
             f"row {row}: sequence {number}, of source {stream.name} (its sequence {place}, "
-            f"epoch {place // stream.sequences + 1})"
+            f"epoch {place // stream.sequences_total + 1})"
         )
         yield from _sequence(stream, place, tokenizer, characters)
 
 
 def _sequence(stream: SourceStream, place: int, tokenizer: Tokenizer, characters: int) -> Iterator[str]:
-    sample = stream.sequence(place)
-    for piece in stream.pieces(place):
-        first, last = piece.position, min(piece.position + piece.end - piece.begin, len(sample.tokens))
+    sample, pieces = stream.sequences([place])[0], stream.pieces([place])
+    columns = (pieces.position, pieces.document, pieces.begin, pieces.end, pieces.length)
+    for first, document, begin, end, length in zip(*(column.tolist() for column in columns), strict=True):
+        last = min(first + end - begin, len(sample.tokens))
         if last <= first:
             continue  # only a label
-        begins = "begins" if piece.begin == 0 else "goes on"
-        ends = ", ends" if piece.begin + last - first == piece.length else ""
-        start = (
-            ", the model starts afresh" if sample.document_starts is not None and sample.document_starts[first] else ""
-        )
+        begins, ends = "begins" if begin == 0 else "goes on", ", ends" if begin + last - first == length else ""
+        afresh = sample.document_starts is not None and bool(sample.document_starts[first])
         yield (
-            f"  [{first}, {last}) {stream.store.name(piece.document)}: {begins}{ends} (tokens {piece.begin} to "
-            f"{piece.begin + last - first - 1} of {piece.length}){start}"
+            f"  [{first}, {last}) {stream.store.name(document)}: {begins}{ends} (tokens {begin} to "
+            f"{begin + last - first - 1} of {length}){', the model starts afresh' if afresh else ''}"
         )
         text = tokenizer.decode(sample.tokens[first:last].tolist())
         cut = text if characters == 0 or len(text) <= characters else f"{text[:characters]} …"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from titans_train.data.errors import DataError
-from titans_train.data.order import document_order, sequence_place
-from titans_train.data.packing import EpochPacking, Layout, Piece
+from titans_train.data.order import document_order, sequence_places
+from titans_train.data.packing import EpochPacking, Integers, Layout, Pieces
 from titans_train.data.sample import IGNORE, Sample
 from titans_train.data.shards import ShardStore
 
@@ -25,7 +27,7 @@ class SourceStream:
     the E sequences of an epoch, in stream order, row i reads its own E // R consecutive ones. An epoch's last E % R
     sequences are dropped.
 
-    `sequences`: that an epoch reads. `dropped_tokens`: positions at an epoch's end that no sequence reads.
+    `sequences_total`: that an epoch reads. `dropped_tokens`: positions at an epoch's end that no sequence reads.
     `padding_share`: of the positions, with isolated documents.
     """
 
@@ -39,8 +41,8 @@ class SourceStream:
         self._packed, self.dropped_tokens = layout.count(lengths)
         self._check_enough(int(lengths.sum()))
         self._span = self._packed // rows if rows else 1  # steps of an epoch, where rows carry
-        self.sequences = self._span * rows if rows else self._packed
-        self.dropped_tokens += (self._packed - self.sequences) * layout.length
+        self.sequences_total = self._span * rows if rows else self._packed
+        self.dropped_tokens += (self._packed - self.sequences_total) * layout.length
         self.padding_share = 1 - int(lengths.sum()) / int(layout.slots(lengths).sum())
         self.bytes_per_token = store.text_bytes / store.tokens_total
         # Caches of this process; not sent to others.
@@ -69,55 +71,50 @@ class SourceStream:
         """Whether sequence `number` goes on where its row was in the batch before; None where rows do not carry."""
         return None if self._rows is None else number // self._rows % self._span > 0
 
-    def pieces(self, number: int, begin: int = 0, end: int | None = None) -> list[Piece]:
-        """The documents' pieces at positions [begin, end) of sequence `number`."""
-        epoch, index = self._place(number)
-        return self._packing(epoch).pieces(index, begin, self.layout.length if end is None else end)
+    def pieces(self, numbers: Sequence[int], begin: int = 0, end: int | None = None) -> Pieces:
+        """The documents' pieces at positions [begin, end) of these sequences, each a row."""
+        end = self.layout.length if end is None else end
+        epochs, places = self._places(np.asarray(numbers))
+        if (epochs == epochs[0]).all():
+            return self._packing(int(epochs[0])).pieces(places, begin, end)
+        found = []
+        for epoch in np.unique(epochs).tolist():
+            (rows,) = np.nonzero(epochs == epoch)
+            pieces = self._packing(epoch).pieces(places[rows], begin, end)
+            found.append(replace(pieces, row=rows[pieces.row]))
+        return Pieces(*(np.concatenate(values) for values in zip(*map(astuple, found), strict=True)))
 
-    def sequence(self, number: int, begin: int = 0, end: int | None = None) -> Sample:
-        """Positions [begin, end) of sequence `number`, counted through all epochs; nothing else is read.
+    def sequences(self, numbers: Sequence[int], begin: int = 0, end: int | None = None) -> Sample:
+        """Positions [begin, end) of these sequences, counted through all epochs: [n, end - begin].
 
-        DataError names the shard that it cannot trust.
+        Nothing else is read. DataError names the shard that it cannot trust.
         """
         end = self.layout.length if end is None else end
-        pieces = self.pieces(number, begin, end)
-        fresh = self.continues(number) is not True
+        pieces, width = self.pieces(numbers, begin, end), end - begin
+        # One position more: the label of the last one.
+        upto = np.minimum(pieces.end + 1, pieces.length) if self.layout.isolate else pieces.end
+        tokens = np.full((len(numbers), width + 1), self.store.manifest.tokenizer.end_of_document, self.store.dtype)
+        self.store.read(pieces.document, pieces.begin, upto, tokens, pieces.row * (width + 1) + pieces.position)
+        inputs, labels = (torch.from_numpy(tokens[:, at : at + width].astype(np.int64)) for at in (0, 1))
+        fresh = np.array([begin == 0 and self.continues(number) is not True for number in numbers])
         if self.layout.isolate:
-            return self._isolated(pieces, end - begin, fresh and begin == 0)
-        return self._concatenated(pieces, self._rows is not None, fresh and begin == 0)
-
-    def _place(self, number: int) -> tuple[int, int]:
-        """(epoch, which of its packed sequences) `number` is."""
-        epoch, index = divmod(number, self.sequences)
-        if self._rows is not None:
-            step, row = divmod(index, self._rows)
-            return epoch, row * self._span + step
-        return epoch, sequence_place(index, self._packed, self._seed, epoch, self._shuffle)
-
-    def _concatenated(self, pieces: list[Piece], carried: bool, fresh: bool) -> Sample:
-        read = [self.store.tokens(p.document, p.begin, p.end) for p in pieces]
-        stream = torch.from_numpy(np.concatenate(read, dtype=np.int64))
+            labels[torch.from_numpy(~_labelled(pieces, upto, labels.shape))] = IGNORE
+            return Sample(inputs, labels, torch.from_numpy(_starts(pieces, fresh, labels.shape)))
         starts = None
-        if carried:  # a state that a row does not go on from must still lead to its parameters: a start drops it
-            starts = torch.zeros(len(stream) - 1, dtype=torch.bool)
-            starts[0] = fresh
-        return Sample(stream[:-1], stream[1:], starts)
+        if self._rows is not None:  # a state that a row does not go on from must still lead to its parameters
+            starts = torch.zeros(inputs.shape, dtype=torch.bool)
+            starts[:, 0] = torch.from_numpy(fresh)
+        return Sample(inputs, labels, starts)
 
-    def _isolated(self, pieces: list[Piece], length: int, fresh: bool) -> Sample:
-        """`fresh`: a document cut by the beginning is a start as well: the sequence's, and no row carries over it."""
-        tokens = np.full(length, self.store.manifest.tokenizer.end_of_document, np.int64)
-        labels = np.full(length, IGNORE, np.int64)
-        starts = np.zeros(length, np.bool_)
-        for piece in pieces:
-            position, count = piece.position, piece.end - piece.begin
-            starts[position] = piece.begin == 0 or (fresh and position == 0)
-            if count == 0:
-                continue  # only the document's padding reaches into this part
-            # The document's last token has no next one; a piece cut by the sequence's end has it in the next piece.
-            read = self.store.tokens(piece.document, piece.begin, min(piece.end + 1, piece.length))
-            tokens[position : position + count] = read[:count]
-            labels[position : position + len(read) - 1] = read[1:]
-        return Sample(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(starts))
+    def _places(self, numbers: Integers) -> tuple[Integers, Integers]:
+        """(epoch, which of its packed sequences) each number is."""
+        epochs, index = np.divmod(numbers, self.sequences_total)
+        if self._rows is not None:
+            steps, rows = np.divmod(index, self._rows)
+            return epochs, rows * self._span + steps
+        if self._shuffle:
+            index = sequence_places(index, epochs, self._packed, self._seed)
+        return epochs, index
 
     def _packing(self, epoch: int) -> EpochPacking:
         if epoch not in self._epochs:
@@ -130,5 +127,21 @@ class SourceStream:
 
     def _length_array(self) -> NDArray[np.int64]:
         if self._lengths is None:
-            self._lengths = self.store.lengths()
+            self._lengths = np.asarray(self.store.lengths())
         return self._lengths
+
+
+def _labelled(pieces: Pieces, upto: NDArray[np.int64], shape: Sequence[int]) -> NDArray[np.bool_]:
+    """Isolated documents: where the next token is of the same document. Not at a document's last token."""
+    change = np.zeros(shape[0] * (shape[1] + 1), np.int8)
+    first = pieces.row * (shape[1] + 1) + pieces.position
+    change[first] += 1
+    change[first + (upto - pieces.begin) - 1] -= 1
+    return np.cumsum(change, dtype=np.int8).astype(np.bool_).reshape(shape[0], -1)[:, : shape[1]]
+
+
+def _starts(pieces: Pieces, fresh: NDArray[np.bool_], shape: Sequence[int]) -> NDArray[np.bool_]:
+    """Isolated documents: their first tokens, and where one is cut by the beginning of a row that is `fresh`."""
+    starts = np.zeros(tuple(shape), np.bool_)
+    starts[pieces.row, pieces.position] = (pieces.begin == 0) | (fresh[pieces.row] & (pieces.position == 0))
+    return starts

@@ -39,4 +39,3 @@ def open_tokenizer(path: str, cache: Cache, remote: Remote) -> Tokenizer:
         return prepared_tokenizer(entry, files.copy("", entry.file).parent)
     except (PrepareError, ManifestError) as error:
         raise DataError(str(error)) from error
-

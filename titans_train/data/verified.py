@@ -62,11 +62,17 @@ class VerifiedFiles:
         """A shard ready to be read. DataError names the shard, what was expected and what was found."""
         if shard.compressed is None and not is_remote(self.path):
             return self._in_place(folder, shard.raw)
-        return self._cached(folder, shard.raw, lambda target: self._make_shard(folder, shard, target), shard)
+        return self._cached(folder, shard.raw, lambda target: self._make_shard(folder, shard, target), self.room(shard))
+
+    def room(self, shard: ShardEntry) -> int:
+        """Bytes that the cache needs while it makes a shard; 0 where it is read in place."""
+        if not is_remote(self.path):
+            return shard.raw.bytes if shard.compressed is not None else 0
+        return shard.raw.bytes + (shard.compressed.bytes if shard.compressed is not None else 0)
 
     def copy(self, folder: str, file: FileEntry) -> Path:
         """A stored file in the cache, where nobody cuts it while it is mapped. DataError as `raw_shard`."""
-        return self._cached(folder, file, lambda target: self._bring(folder, file, target))
+        return self._cached(folder, file, lambda target: self._bring(folder, file, target), file.bytes)
 
     def marker(self, folder: str, file: FileEntry) -> Path:
         """What remembers that a file was checked; its time says when it was used."""
@@ -84,10 +90,11 @@ class VerifiedFiles:
                 raise DataError(f"shard file {path} {found}; {REMEDY}")
         return path
 
-    def _cached(
-        self, folder: str, file: FileEntry, make: Callable[[Path], None], shard: ShardEntry | None = None
-    ) -> Path:
-        """A file of the cache: the one that is there if it is good, else a new one, which `make` writes."""
+    def _cached(self, folder: str, file: FileEntry, make: Callable[[Path], None], needed: int) -> Path:
+        """A file of the cache: the one that is there if it is good, else a new one, which `make` writes.
+
+        `needed`: bytes, while it is made.
+        """
         target, marker = self._place(folder, file), self.marker(folder, file)
         if remembered(target, file, marker):
             return target
@@ -97,7 +104,7 @@ class VerifiedFiles:
             target.unlink(missing_ok=True)
             partial = self.cache.temporary(target)
             try:
-                with self._room(file.bytes + (shard.compressed.bytes if shard and shard.compressed else 0)):
+                with self._room(needed):
                     make(partial)
                     os.replace(partial, target)
                 problem(target, file, marker, self.cache)  # remembers it
@@ -110,14 +117,16 @@ class VerifiedFiles:
         if shard.compressed is None:
             self._bring(folder, shard.raw, target)
             return
+        source = f"{self.path}/{folder}/{shard.compressed.name}"
         zipped = self.cache.temporary(target.with_name(shard.compressed.name))
         try:
-            self._bring(folder, shard.compressed, zipped)
-            _decompress(zipped, target, shard.raw.bytes)
+            if is_remote(self.path):
+                self._bring(folder, shard.compressed, zipped)
+            elif found := difference(Path(source), shard.compressed):
+                raise DataError(f"shard file {source} {found}; {REMEDY}")
+            _decompress(zipped if is_remote(self.path) else Path(source), target, shard.raw.bytes)
         except zstandard.ZstdError as error:
-            raise DataError(
-                f"shard {self.path}/{folder}/{shard.compressed.name} cannot be decompressed ({error}); {REMEDY}"
-            ) from error
+            raise DataError(f"shard {source} cannot be decompressed ({error}); {REMEDY}") from error
         finally:
             zipped.unlink(missing_ok=True)
         if found := difference(target, shard.raw):

@@ -70,8 +70,8 @@ def tokenizer_of(source: Source) -> Tokenizer:
         raise UserError(f"the tokenizer cannot be read: {error}. If the folder has moved, {NEXT}") from error
     if entry is not None and entry["sha256"] != tokenizer.sha256:
         raise UserError(
-            f"{next(paths_of(source.config.data))} has another tokenizer ({tokenizer.sha256[:12]}) than {source.checkpoint} was "
-            f"trained with ({entry['sha256'][:12]}); {NEXT}"
+            f"{next(paths_of(source.config.data))} has another tokenizer ({tokenizer.sha256[:12]}) than "
+            f"{source.checkpoint} was trained with ({entry['sha256'][:12]}); {NEXT}"
         )
     return tokenizer
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from torch import Tensor
-
 from titans_train.models.attention import AttentionState
 from titans_train.models.blocks import BlockState
 from titans_train.models.state import ModelState

@@ -145,6 +145,8 @@ class Run:
         steps = self.config.training.steps
         stop = steps if stop_after is None else min(steps, self.progress.step + stop_after)
         self.console.say(self._greeting())
+        for line in self.data.describe(self.progress.cursor.sequences(steps)):
+            self.console.say(f"data {line}")
         mesh, progress = self.mesh, self.progress
         batches = loader(self.data, self.plan, mesh.data_rank, progress.step, progress.cursor, mesh.sequence_rank)
         if progress.step < stop:
