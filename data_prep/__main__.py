@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,21 +16,13 @@ from data_prep.manifest import SPLITS, Manifest
 from data_prep.prepare import prepare
 from data_prep.readers import ReadSettings
 from data_prep.settings import COMPRESSION, Settings
+from data_prep.sizes import parse_size
 from data_prep.sources import SUFFIXES, default_corpus, find_files
 from data_prep.tokenizer import load_tokenizer
 from data_prep.work import find_place
 
-_UNITS = {"": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
 _BAD_SHARE = 0.01
 _DEFAULT_CORPUS_BAD_SHARE = 0.05  # the standard library carries test data in other encodings
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "65536", "512kb", "16mb" or "1gb" (units of 1024)."""
-    match = re.fullmatch(r"(\d+)\s*(|kb|mb|gb|tb)", text.strip().lower())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write bytes or a number with kb, mb or gb, as 16mb")
-    return int(match[1]) * _UNITS[match[2]]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         type=parse_size,
         default=read.max_document_bytes,
         metavar="SIZE",
-        help="a longer document is rejected; default: 64mb",
+        help="a longer document is rejected; default: 16mb",
     )
     reading.add_argument(
         "--max-bad-share", type=float, metavar="SHARE", help=f"more rejected records end the run; default: {_BAD_SHARE}"

@@ -54,7 +54,10 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class SplitEntry:
-    """One source in one split. `tokens` counts one end-of-document token per document; `text_bytes` is UTF-8 without it."""
+    """One source in one split.
+
+    `tokens` counts one end-of-document token per document; `text_bytes` is UTF-8, without it.
+    """
 
     documents: int
     tokens: int

@@ -50,7 +50,7 @@ def prepare(job: Job, say: Callable[[str], None] = print) -> Manifest:
 
 class _Run:
     def __init__(self, job: Job, place: Place, say: Callable[[str], None]) -> None:
-        self.job, self.place, self.say = job, place, say
+        self.job, self.place, self._say = job, place, say
         self.start = time.monotonic()
         self.progress = Progress(job.quiet)
         self.pool = Pool(job.worker_count(), self.progress.add)
@@ -82,6 +82,11 @@ class _Run:
         remove_work(place)
         self._say_cost(sums)
         return manifest
+
+    def say(self, text: str) -> None:
+        """A note, on a line of its own."""
+        self.progress.end()
+        self._say(text)
 
     def _check_room(self) -> None:
         job = self.job

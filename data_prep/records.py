@@ -31,7 +31,7 @@ class ReadSettings:
     text_field: str = "text"
     source_field: str | None = None  # names the data source of a document; values that are no text count as none
     separator: str | None = None  # cuts text files into documents and is in none of them
-    max_document_bytes: int = 64 << 20  # of UTF-8 text
+    max_document_bytes: int = 16 << 20  # of UTF-8 text; tokenising takes up to 135 bytes of memory for each
 
     def __post_init__(self) -> None:
         if self.separator == "":

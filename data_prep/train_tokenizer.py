@@ -6,7 +6,6 @@ The same corpus and settings give the same file, byte for byte.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from collections import Counter
@@ -18,12 +17,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data_prep.errors import PrepareError
 from data_prep.readers import ReadSettings, Rejected, read_unit
+from data_prep.sizes import parse_size
 from data_prep.sources import Unit, default_corpus, find_files, make_units
 from data_prep.storage import write_bytes
 
 END_TOKEN = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end token
-_SIZES = {"": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30}
 _SAY_SECONDS = 5.0
 
 
@@ -86,9 +85,9 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--default-corpus", action="store_true", help="the running Python's standard library")
     result.add_argument("--output", required=True, metavar="FILE.json")
     result.add_argument("--vocabulary", type=int, default=32000, metavar="TOKENS", help="at most; default: 32000")
-    result.add_argument("--max-bytes", type=_size, metavar="SIZE", help="learn from this much text, as 2gb")
+    result.add_argument("--max-bytes", type=parse_size, metavar="SIZE", help="learn from this much text, as 2gb")
     result.add_argument("--text-field", default="text", metavar="NAME", help="JSONL and Parquet field; default: text")
-    result.add_argument("--separator", metavar="TEXT", help="cuts text files into documents")
+    result.add_argument("--document-separator", metavar="TEXT", help="cuts text files into documents")
     return result
 
 
@@ -105,9 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise PrepareError(f"--output {options.output}: must be a local file")
         if output.exists():
             raise PrepareError(f"--output {output} exists; remove it or name another file")
-        settings = ReadSettings(text_field=options.text_field, separator=options.separator)
+        settings = ReadSettings(text_field=options.text_field, separator=options.document_separator)
         files, _, _ = default_corpus() if options.default_corpus else find_files(options.input)
-        texts = Texts(make_units(files, separator=options.separator), settings, options.max_bytes, say)
+        texts = Texts(make_units(files, separator=options.document_separator), settings, options.max_bytes, say)
         tokenizer = train(texts, options.vocabulary)
         write_bytes(str(output), tokenizer.to_str(pretty=True).encode("utf-8"))
     except PrepareError as error:
@@ -117,13 +116,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for reason, count in sorted(texts.rejected.items()):
         print(f"  rejected: {count:,} x {reason}")
     return 0
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*(|kb|mb|gb)", text.strip().lower())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write bytes or a number with kb, mb or gb, as 2gb")
-    return int(match[1]) * _SIZES[match[2]]
 
 
 if __name__ == "__main__":

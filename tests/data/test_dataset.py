@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_prep.__main__ import main
-from data_prep.write import split_of
+from data_prep.settings import split_of
 from tests.data.corpus import END, LATER, WEIGHTS, mixed_config, run_config
 from tests.data_prep.test_tokenizer import bpe_file
 from titans_train.data import DataError, TokenDataset, open_dataset

@@ -15,10 +15,11 @@ import xxhash
 from filelock import FileLock
 from tokenizers import models, pre_tokenizers
 
-from data_prep.__main__ import main, parse_size
+from data_prep.__main__ import main
 from data_prep.errors import PrepareError
 from data_prep.manifest import FILE_NAME
 from data_prep.settings import split_of
+from data_prep.sizes import parse_size
 from data_prep.tokenizer import load_prepared_tokenizer
 from tests.data_prep import runs
 from tests.data_prep.runs import content, documents_of, manifest_of
