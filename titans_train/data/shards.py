@@ -172,7 +172,7 @@ class ShardStore:
             if not changed and failed is None:
                 self._check_vocabulary(out)
                 return
-            if not changed:
+            if not changed and failed is not None:
                 raise DataError(f"{self._label(failed[0])}: {failed[1]}; {REMEDY}") from failed[1]
             for shard in changed:
                 opened.close((self._identity, shard))  # to be checked again
