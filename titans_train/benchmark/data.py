@@ -84,7 +84,8 @@ def start(folder: Path, options: argparse.Namespace) -> list[Row]:
     rows = []
     print("| shards | open, s | first batch, no reader process, s | with one, s | again: open, s | first batch, s |")
     print("|---|---|---|---|---|---|")
-    for size in ("4mb", f"{options.megabytes}kb"):
+    for shards in (10, 1000):  # two bytes for a token, a token for a byte; 5 % are in the validation split
+        size = f"{max(1900 * options.megabytes // shards, 4)}kb"
         prepared = prepare_pieces(folder, options.megabytes, size)
         caches = [folder / f"start-{size}-{n}" for n in range(options.rounds)]
         first = medians([worker("start", prepared, cache, 0) for cache in caches])
