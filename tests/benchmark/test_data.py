@@ -17,14 +17,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("benchmark")
 
 
-def figures(folder: Path, part: str, *options: str) -> Any:
+def figures(folder: Path, part: str, *more: str) -> Any:
     path = folder / "data.json"
-    assert (
-        main(
-            ["data", part, "--megabytes", "1", "--rounds", "1", "--folder", str(folder), "--json", str(path), *options]
-        )
-        == 0
-    )
+    options = ["--megabytes", "1", "--rounds", "1", "--folder", str(folder), "--json", str(path), *more]
+    assert main(["data", part, *options]) == 0
     return json.loads(path.read_text())[part]
 
 
@@ -48,5 +44,7 @@ def test_start_up_and_resident_memory_are_measured_and_kept_beside_each_other(fo
 
 
 def test_preparing_is_measured_beside_the_tokenizer_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = figures(folder, "prepare")
-    assert "tokenizer" in capsys.readouterr().out and found
+    found = figures(folder, "prepare", "--megabytes", "4")
+    assert 3 < found["text_mb"] <= 4 and found["medians"]["whole"]["worker_mb"] > 50
+    ratio = found["medians"]["alone"]["cpu"] / found["medians"]["whole"]["cpu"]
+    assert found["cpu_ratio"] == ratio and f"{ratio:.2f}" in capsys.readouterr().out

@@ -28,11 +28,11 @@ def main(config: str, out: Path, kill: int, victim: int, overrides: list[str]) -
         nonlocal step
         step = self.progress.step + 1
         one_step(self, batches)
-        step = 0  # validation and samples do not count
+        step = 0
 
     @functools.wraps(forward)
     def noted(self: LanguageModel, tokens: Any, *args: Any, **kwargs: Any) -> Any:
-        if step:
+        if step and self.training:  # validation and samples do not count
             if step == kill and victim in (-1, rank):
                 os.kill(os.getpid(), signal.SIGKILL)
             starts = kwargs.get("document_starts")

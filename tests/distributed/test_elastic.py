@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.corpus import LATER, mixed_config, prepare_sources
+from tests.s3 import environment as environment_of
+from tests.s3 import s3_server, set_environment, upload
 from tests.torchrun import ROOT, torchrun
 from titans_train.config import RunConfig, dump_config
 from titans_train.data import TokenDataset, open_dataset
@@ -202,8 +204,25 @@ def test_a_shard_damaged_on_the_way_ends_all_ranks_with_one_message_that_names_i
     done = torchrun(2, WORKER, str(path), str(tmp_path / "out"), "0", "-1", "data.workers=1")
     assert done.returncode != 0 and time.monotonic() - started < 120
     found = re.findall(rf"shard[^\n]*{re.escape(damaged.name)}[^\n]* is damaged: xxh64 \w+, expected \w+", done.stderr)
-    assert len(found) == 1, done.stderr[-3000:]
+    assert len(found) == 1, done.stderr
     trained = given(tmp_path / "out")
     assert all(len(rows) == BATCH for rows in list(trained.values())[:step]) and max(trained) <= step + 1
     latest = (tmp_path / "runs" / "test" / "checkpoints" / "latest").read_text()
     assert latest == f"step-{step:08d}"  # nothing that was written is lost
+
+
+def test_a_run_goes_on_when_its_data_have_moved_to_s3(
+    folders: dict[str, Path], reference: tuple[RunConfig, dict[int, list[str]]], tmp_path: Path
+) -> None:
+    config, expected = reference
+    if config.data.packing != "isolate":
+        pytest.skip("one packing is enough: where data lie does not depend on it")
+    changed = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(tmp_path / "runs")})})
+    path = write(changed, tmp_path / "config.yaml")
+    run(path, tmp_path / "a", 1, 4)
+    with s3_server() as address, pytest.MonkeyPatch.context() as patch:
+        moved = [f"data.sources.{name}.path={upload(address, folder, name)}" for name, folder in folders.items()]
+        set_environment(environment_of(address), patch)
+        run(path, tmp_path / "b", 2, 0, -1, "data.workers=1", "training.steps=6", "monitoring.sample_every=6", *moved)
+    found = given(tmp_path / "a", killed=4) | given(tmp_path / "b")
+    assert found == {step: expected[step] for step in range(1, 7)}

@@ -7,7 +7,6 @@ turns, so that a busy minute of the machine hits both; medians over rounds.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import multiprocessing
@@ -187,21 +186,3 @@ def table(found: dict[str, Any]) -> str:
         )
     lines.append(f"| share | | {found['wall_ratio']:.2f} | | {found['cpu_ratio']:.2f} | |")
     return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m titans_train benchmark data_prepare", description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=200, help="of text, from installed packages")
-    parser.add_argument("--workers", type=int, help="processes of each; default: one per CPU")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for corpus and output")
-    parser.add_argument("--json", type=Path, help="file for all rounds")
-    options = parser.parse_args(argv)
-    found = prepare_speed(options.folder, options.megabytes, options.rounds, options.workers)
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
