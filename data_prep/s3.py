@@ -11,7 +11,8 @@ import pyarrow.fs as pafs
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")
+from data_prep.s3_endpoint import endpoint
+
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
 # Together under a minute where nothing answers.
 _CONNECT_SECONDS, _REQUEST_SECONDS, _ATTEMPTS = 5, 10, 4
@@ -19,13 +20,13 @@ _CONNECT_SECONDS, _REQUEST_SECONDS, _ATTEMPTS = 5, 10, 4
 
 def client(bucket: str) -> pafs.S3FileSystem:
     """The client for a bucket under today's environment; the same one within a process as long as that stays."""
-    endpoint = _endpoint()
+    address = endpoint()
     region = os.environ.get("AWS_REGION") or boto3.Session().region_name
-    if not region and not endpoint:
+    if not region and not address:
         region = _region_of(bucket)
     anonymous = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("true", "yes", "1") and not credentials_exist()
     credentials = tuple(os.environ.get(name) for name in _CREDENTIALS)
-    return _client(os.getpid(), endpoint, region, anonymous, credentials)
+    return _client(os.getpid(), address, region, anonymous, credentials)
 
 
 def credentials_exist() -> bool:
@@ -43,13 +44,9 @@ def delete_object(path: str) -> None:
         connect_timeout=_CONNECT_SECONDS, read_timeout=_REQUEST_SECONDS, retries={"total_max_attempts": _ATTEMPTS}
     )
     try:
-        boto3.Session().client("s3", endpoint_url=_endpoint(), config=waiting).delete_object(Bucket=bucket, Key=key)
+        boto3.Session().client("s3", endpoint_url=endpoint(), config=waiting).delete_object(Bucket=bucket, Key=key)
     except (ClientError, BotoCoreError) as error:
         raise OSError(str(error)) from error
-
-
-def _endpoint() -> str | None:
-    return next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
 
 
 @functools.cache
@@ -59,15 +56,15 @@ def _region_of(bucket: str) -> str:
 
 @functools.cache
 def _client(
-    process: int, endpoint: str | None, region: str | None, anonymous: bool, credentials: tuple[str | None, ...]
+    process: int, address: str | None, region: str | None, anonymous: bool, credentials: tuple[str | None, ...]
 ) -> pafs.S3FileSystem:
     """`process` and `credentials` only tell clients apart: the client looks for its credentials by itself."""
-    address = urlsplit(endpoint) if endpoint else None
+    server = urlsplit(address) if address else None
     return pafs.S3FileSystem(
         anonymous=anonymous,
         region=region,
-        scheme=address.scheme if address else "https",
-        endpoint_override=address.netloc if address else None,
+        scheme=server.scheme if server else "https",
+        endpoint_override=server.netloc if server else None,
         connect_timeout=_CONNECT_SECONDS,
         request_timeout=_REQUEST_SECONDS,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),

@@ -7,6 +7,7 @@ Compared are hashes of the tensors that `LanguageModel.forward` was given, row b
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -98,18 +100,24 @@ def _global(ranks: dict[int, list[tuple[list[int], list[int], list[bool]]]], seq
     return hashes
 
 
-@pytest.fixture(scope="module", params=["concatenate", "isolate"])
-def reference(
-    request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[RunConfig, dict[int, list[str]]]:
-    """A config, and what the model of one process was given in an uninterrupted run of it."""
-    folder = tmp_path_factory.mktemp(request.param)
-    config = config_of(folders, folder / "runs", request.param)
-    run(write(config, folder / "config.yaml"), folder / "out", 1)
-    found = given(folder / "out")
-    assert list(found) == list(range(1, STEPS + 1)) and all(len(rows) == BATCH for rows in found.values())
-    assert len({row for rows in found.values() for row in rows}) > 0.9 * STEPS * BATCH
-    return config, found
+Reference = tuple[RunConfig, dict[int, list[str]]]
+
+
+@pytest.fixture(scope="module")
+def reference(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
+    """By packing: a config, and what the model of one process was given in an uninterrupted run of it."""
+
+    @functools.cache
+    def made(packing: str) -> Reference:
+        folder = tmp_path_factory.mktemp(packing)
+        config = config_of(folders, folder / "runs", packing)
+        run(write(config, folder / "config.yaml"), folder / "out", 1)
+        found = given(folder / "out")
+        assert list(found) == list(range(1, STEPS + 1)) and all(len(rows) == BATCH for rows in found.values())
+        assert len({row for rows in found.values() for row in rows}) > 0.9 * STEPS * BATCH
+        return config, found
+
+    return made
 
 
 def kills(config: RunConfig) -> list[int]:
@@ -135,14 +143,15 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("packing", LAYOUTS)
 def test_killed_and_resumed_on_every_layout_the_model_is_given_the_same(
-    reference: tuple[RunConfig, dict[int, list[str]]], tmp_path: Path
+    reference: Callable[[str], Reference], tmp_path: Path, packing: str
 ) -> None:
-    config, expected = reference
+    config, expected = reference(packing)
     changed = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(tmp_path / "runs")})})
     path = write(changed, tmp_path / "config.yaml")
     done = 0
-    layouts = LAYOUTS[config.data.packing]
+    layouts = LAYOUTS[packing]
     ends = [*kills(config)[: len(layouts) - 1], 0]
     for part, ((ranks, workers, sequence, tensor), kill) in enumerate(zip(layouts, ends, strict=True)):
         out = tmp_path / f"out{part}"
@@ -159,10 +168,10 @@ def test_killed_and_resumed_on_every_layout_the_model_is_given_the_same(
 
 
 def test_another_batch_size_after_a_resume_reads_every_sequence_once(
-    reference: tuple[RunConfig, dict[int, list[str]]], tmp_path: Path
+    reference: Callable[[str], Reference], tmp_path: Path
 ) -> None:
     """4 sequences a step, from step 7 on 6."""
-    config, expected = reference
+    config, expected = reference("concatenate")
     changed = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(tmp_path / "runs")})})
     path = write(changed, tmp_path / "config.yaml")
     run(path, tmp_path / "a", 1, 7)
@@ -212,11 +221,9 @@ def test_a_shard_damaged_on_the_way_ends_all_ranks_with_one_message_that_names_i
 
 
 def test_a_run_goes_on_when_its_data_have_moved_to_s3(
-    folders: dict[str, Path], reference: tuple[RunConfig, dict[int, list[str]]], tmp_path: Path
+    folders: dict[str, Path], reference: Callable[[str], Reference], tmp_path: Path
 ) -> None:
-    config, expected = reference
-    if config.data.packing != "isolate":
-        pytest.skip("one packing is enough: where data lie does not depend on it")
+    config, expected = reference("isolate")
     changed = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(tmp_path / "runs")})})
     path = write(changed, tmp_path / "config.yaml")
     run(path, tmp_path / "a", 1, 4)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.s3_endpoint import endpoint
+
 _BLOCK_BYTES = 64 << 10
 _CONNECT_SECONDS = 5.0
 _PAYERS = "MOSAICML_STREAMING_AWS_REQUESTER_PAYS"  # buckets, with commas, whose requests we pay for
@@ -21,11 +23,6 @@ class _Connection:
 
 _connections: dict[tuple[int, str, float], _Connection] = {}  # by process: none is shared over a fork
 _lock = threading.Lock()
-
-
-def endpoint() -> str | None:
-    """The server's address where it is not Amazon's, as mosaicml-streaming and boto3 read it."""
-    return os.environ.get("S3_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL") or None
 
 
 def split_url(url: str) -> tuple[str, str]:

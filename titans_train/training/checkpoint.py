@@ -222,6 +222,8 @@ def _check(path: Path, state: dict[str, Any], plan: Plan, data: TokenDataset | R
         theirs, ours = state["shape"], plan.shape.to_dict()
         differing = [f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]
         raise UserError(f"{path} is of another model ({'; '.join(differing)}); choose another run.name")
+    if not isinstance(state["data"], dict):
+        raise UserError(f"{path} is of an earlier version, which kept no cursor of its data; choose another run.name")
     check_goes_on(state["data"], data.weights, data.fingerprints, int(state["step"]), str(path))
 
 
