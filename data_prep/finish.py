@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from data_prep.columns import Columns
 from data_prep.durable import whole_file
 from data_prep.job import Job
 from data_prep.manifest import SPLITS, VERSION, FileEntry, Manifest, SplitEntry, TokenizerEntry, describe_file
-from data_prep.report import write_report
+from data_prep.report import REPORT_NAMES, write_report
 from data_prep.settings import token_dtype
 from data_prep.shards import ShardRecord
 from data_prep.sources import Unit
@@ -76,7 +76,8 @@ def make_manifest(
         report, splits,
     )  # fmt: skip
     write_report(place.staging, manifest, _both_splits(lengths))
-    return manifest
+    others = [describe_file(place.staging / name) for name in (REJECTED_NAME, *REPORT_NAMES)]
+    return replace(manifest, others=tuple(others))
 
 
 def _renamed(names: Sequence[str]) -> dict[str, str]:

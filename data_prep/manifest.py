@@ -1,6 +1,6 @@
 """manifest.json: what a prepared folder holds, with the size and hash of every file in it.
 
-    manifest.json  tokenizer.json or tokenizer.model  report.md  report.png
+    manifest.json  tokenizer.json or tokenizer.model  report.md  report.png  rejected.jsonl
     <split>/<source>/index.json  lengths.npy  shard.00000.mds.zstd ...
 
 Each <split>/<source> is a data set of mosaicml-streaming (MDS, columns "name" and "tokens"). Written by `data_prep`,
@@ -23,6 +23,8 @@ FILE_NAME = "manifest.json"
 SPLITS = ("train", "validation")
 DEFAULT_SOURCE = "text"  # of documents that name no source
 _BLOCK_BYTES = 1 << 20
+_OWN_HASH = "manifest_xxh64"
+_ZEROS = "0" * 16
 
 
 class ManifestError(ValueError):
@@ -85,18 +87,22 @@ class Manifest:
     settings: dict[str, Any]  # what preparing was asked for; the same settings are not prepared twice
     report: dict[str, Any]  # what was read, left out and why (counts), for people
     splits: dict[str, dict[str, SplitEntry]]  # split -> source, in sorted order; a source without documents is absent
+    others: tuple[FileEntry, ...] = ()  # files for people beside the manifest
 
     def files(self) -> Iterator[tuple[str, FileEntry]]:
         """Every stored file as (path below the folder, entry), the manifest itself excepted."""
         if self.tokenizer.file is not None:
             yield self.tokenizer.file.name, self.tokenizer.file
+        yield from ((file.name, file) for file in self.others)
         for split, sources in self.splits.items():
             for source, entry in sources.items():
                 for file in (entry.index, entry.lengths, *(shard.stored for shard in entry.shards)):
                     yield f"{split}/{source}/{file.name}", file
 
     def to_text(self) -> str:
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        """JSON, with the hash of itself: of the whole text with zeros in the hash's place."""
+        text = json.dumps({**asdict(self), _OWN_HASH: _ZEROS}, indent=1, sort_keys=True) + "\n"
+        return text.replace(_line(_ZEROS), _line(xxhash.xxh64_hexdigest(text)))
 
     @classmethod
     def from_text(cls, text: str, where: str) -> Manifest:
@@ -107,6 +113,7 @@ class Manifest:
                 raise ManifestError(
                     f"{where}: manifest version {data['version']}, this code reads {VERSION}; prepare the data again"
                 )
+            _check_own_hash(text, str(data[_OWN_HASH]), where)
             manifest = cls(
                 version=VERSION,
                 tokenizer=TokenizerEntry(**{**data["tokenizer"], "file": _file(data["tokenizer"]["file"])}),
@@ -118,6 +125,7 @@ class Manifest:
                     name: {source: _split(entry) for source, entry in sorted(data["splits"][name].items())}
                     for name in SPLITS
                 },
+                others=tuple(FileEntry(**file) for file in data["others"]),
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ManifestError(
@@ -138,6 +146,19 @@ class Manifest:
                             f"{where}: the shards of {split}/{source} hold {total} {unit}, the manifest says {stated}; "
                             "prepare the data again"
                         )
+
+
+def _line(digest: str) -> str:
+    return f'"{_OWN_HASH}": "{digest}"'
+
+
+def _check_own_hash(text: str, stated: str, where: str) -> None:
+    found = xxhash.xxh64_hexdigest(text.replace(_line(stated), _line(_ZEROS), 1))
+    if found != stated:
+        raise ManifestError(
+            f"{where} is damaged or was changed: xxh64 {found}, expected {stated}; copy it again from where the data "
+            "was prepared, or prepare the data again"
+        )
 
 
 def _file(data: dict[str, Any] | None) -> FileEntry | None:

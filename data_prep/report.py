@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from data_prep.manifest import SPLITS, Manifest
 
-TEXT_NAME, PICTURE_NAME = "report.md", "report.png"
+TEXT_NAME, PICTURE_NAME = REPORT_NAMES = ("report.md", "report.png")
 _DRAWN = 8  # sources in the picture; the smaller ones are drawn together
 _BINS = 60
 

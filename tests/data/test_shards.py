@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.manifest import FILE_NAME, describe_file
+from data_prep.manifest import FILE_NAME, Manifest, describe_file
 from tests.data.folders import (
     copy_of,
     flip,
@@ -222,7 +222,7 @@ def test_tokens_that_the_tokenizer_cannot_give_are_caught(
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
-    ('\n    "tokens": ', '\n    "tokens": 1', "the shards of train/text hold"),
+    ('\n    "tokens": ', '\n    "tokens": 1', r"damaged or was changed: xxh64 \w+, expected \w+; copy it again"),
     ('"version": 2', '"version": 3', "manifest version 3, this code reads 2"),
     ("{", "", "not a complete manifest"),
 ])  # fmt: skip
@@ -231,6 +231,26 @@ def test_a_damaged_manifest_is_caught(prepared: Path, tmp_path: Path, old: str, 
     manifest = folder / FILE_NAME
     manifest.write_text(manifest.read_text().replace(old, new, 1))
     with pytest.raises(DataError, match=message):
+        open_store(folder, tmp_path)
+
+
+def test_every_flipped_bit_of_a_manifest_is_caught(prepared: Path, tmp_path: Path) -> None:
+    folder = copy_of(prepared, tmp_path)
+    content = (folder / FILE_NAME).read_bytes()
+    for place in range(0, len(content), 7):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        (folder / FILE_NAME).write_bytes(changed)
+        with pytest.raises(DataError, match=r"manifest"):
+            open_store(folder, tmp_path)
+
+
+def test_a_manifest_that_contradicts_itself_is_refused(prepared: Path, tmp_path: Path) -> None:
+    folder = copy_of(prepared, tmp_path)
+    manifest = Manifest.from_text((folder / FILE_NAME).read_text(), "here")
+    entry = manifest.splits["train"]["text"]
+    write_manifest(folder, with_entry(manifest, replace(entry, tokens=entry.tokens + 1)))
+    with pytest.raises(DataError, match="the shards of train/text hold"):
         open_store(folder, tmp_path)
 
 
