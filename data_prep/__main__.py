@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import data_prep.early_stop
 from data_prep.errors import PrepareError
 from data_prep.job import Job
 from data_prep.manifest import SPLITS, Manifest
@@ -104,6 +105,9 @@ def summary(manifest: Manifest, output: str) -> str:
                 f"{split.text_bytes / 1e6:.1f} MB of text in {len(split.shards)} shards of {stored / 1e6:.1f} MB"
             )
     report = manifest.report
+    if report.get("without_source"):
+        field = manifest.settings["source_field"]
+        lines.append(f"  {report['without_source']:,} documents name no source in field {field}")
     if report["duplicates"]:
         kept = "kept" if manifest.settings["keep_duplicates"] else "left out"
         lines.append(f"  {kept}: {report['duplicates']:,} exact duplicates")
@@ -123,7 +127,9 @@ def make_job(options: argparse.Namespace) -> Job:
     settings.check()
     read = ReadSettings(options.text_field, options.source_field, options.document_separator, options.max_document_size)
     tokenizer = load_tokenizer(options.tokenizer, options.end_token)
-    found = default_corpus() if options.default_corpus else find_files(options.input)
+    place = find_place(options.output, options.work)
+    own = (place.output, str(place.work))
+    found = default_corpus() if options.default_corpus else find_files(options.input, without=own)
     return Job(
         *found, tokenizer, options.output, read, settings, options.work, options.restart, options.workers,
         limit if options.max_bad_share is None else options.max_bad_share, options.quiet,
@@ -172,4 +178,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    data_prep.early_stop.end()
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -64,19 +65,32 @@ def later_copies(hash_high: Array, hash_low: Array) -> NDArray[np.bool_]:
 def folder_names(names: Sequence[str]) -> list[str]:
     """A safe folder name [A-Za-z0-9._-]{1,64} for each source name, different for different names in any case.
 
-    A name that is safe stays. Others are spelled with "-"; where that meets another name, a hash is added.
+    A name that is safe stays. Others are spelled with "-"; where that meets another name, a hash is added. The order
+    of the names does not matter.
     """
-    spelled = [name if _SAFE.fullmatch(name) else _spell(name) for name in names]
-    taken: dict[str, list[int]] = {}
-    for index, text in enumerate(spelled):
-        taken.setdefault(text.casefold(), []).append(index)
-    for group in taken.values():
-        keeper = next((index for index in group if spelled[index] == names[index]), None)
-        for index in group:
-            if len(group) > 1 and index != keeper:
-                suffix = xxhash.xxh64(names[index].encode("utf-8", "surrogatepass")).hexdigest()
-                spelled[index] = f"{spelled[index][: _LONGEST - 17]}-{suffix}"
-    return spelled
+    spelled = {name: name if _SAFE.fullmatch(name) else _spell(name) for name in sorted(names)}
+    groups: dict[str, list[str]] = {}
+    for name, text in spelled.items():
+        groups.setdefault(text.casefold(), []).append(name)
+    hashed: list[str] = []
+    for group in groups.values():
+        keeper = next((name for name in group if spelled[name] == name), None)
+        hashed += [name for name in group if len(group) > 1 and name != keeper]
+    taken = {spelled[name].casefold() for name in spelled.keys() - set(hashed)}
+    for name in hashed:
+        for text in _with_hash(name, spelled[name]):
+            if text.casefold() not in taken:
+                break
+        spelled[name] = text
+        taken.add(text.casefold())
+    return [spelled[name] for name in names]
+
+
+def _with_hash(name: str, text: str) -> Iterator[str]:
+    """Ever other ones, the first of them all but certain to be free."""
+    for seed in itertools.count():
+        suffix = xxhash.xxh64_hexdigest(name.encode("utf-8", "surrogatepass"), seed=seed)
+        yield f"{text[: _LONGEST - 17]}-{suffix}"
 
 
 def _spell(name: str) -> str:
@@ -120,6 +134,15 @@ def plan_shards(columns: Columns, folders: Sequence[str], sizes: NDArray[Any], l
         for number, end in enumerate(shard_ends(sizes[rows], limit)):
             yield ShardPlan(SPLITS[index // sources], folders[index % sources], number, rows[begin:end])
             begin = end
+
+
+def check_first(columns: Columns, within: int, limit: int | None) -> None:
+    """PrepareError where already the first document passes --max-bytes."""
+    if len(columns) and not within:
+        raise PrepareError(
+            f"--max-bytes {limit}: the first document alone is longer, {int(columns.text_bytes[0]):,} bytes; give "
+            "more, or leave it out for no limit"
+        )
 
 
 def check_counts(columns: Columns, settings: Settings, files: int) -> None:

@@ -1,4 +1,4 @@
-"""Records that are no document: how many are too many, and what is kept of them for people."""
+"""Records that are no document, or name no source: how many are too many, and what is kept of them for people."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from data_prep.durable import whole_file
 from data_prep.errors import PrepareError
 from data_prep.prefix import Prefix
 from data_prep.records import EMPTY
-from data_prep.sources import Unit
-from data_prep.units import WHOLE_FILE, UnitRecord, lines_before, read_rejected
+from data_prep.sources import SourceFile, Unit
+from data_prep.storage import open_input, open_stream
+from data_prep.units import WHOLE_FILE, UnitRecord, lines_before, read_rejected, read_rows
 
 FILE_NAME = "rejected.jsonl"
 JUDGED_FROM = 10_000  # records; fewer are judged when all are read
+_SHOWN_BYTES = 1 << 20
+_SHOWN_FIELDS = 20
 
 
 def rejected_records(
@@ -75,3 +81,40 @@ def write_rejected(
             found.setdefault(item["reason"], first)["records"] += 1
             stream.write(json.dumps(item, sort_keys=True).encode("utf-8") + b"\n")
     return dict(sorted(found.items()))
+
+
+def unnamed(folder: Path, records: Sequence[UnitRecord], last_after: int | None = None) -> int:
+    """Documents that name no source; `last_after` as in `rejected_records`."""
+    total = 0
+    for number, record in enumerate(records, start=1):
+        if None in record.sources:
+            rows = read_rows(folder, record)[: last_after if number == len(records) else None]
+            total += int((rows["source"] == record.sources.index(None)).sum())
+    return total
+
+
+def check_source_field(prefix: Prefix, files: Sequence[SourceFile], field: str | None) -> None:
+    """PrepareError when documents were read and none names a source in the field."""
+    if field is None or not prefix.documents or not prefix.none_named:
+        return
+    raise PrepareError(
+        f"none of {prefix.documents:,} documents names a source in the field {field!r} (--source-field); "
+        f"{_first_fields(files)}name another field, or leave the option out"
+    )
+
+
+def _first_fields(files: Sequence[SourceFile]) -> str:
+    """What fields the input's first table or object has, as a part of a sentence; nothing where that is not known."""
+    file = next((file for file in files if file.kind != "text"), None)
+    if file is None:
+        return "the input has text files only, which have no fields; "
+    try:
+        if file.kind == "parquet":
+            with open_input(file.path) as opened:
+                names = pq.ParquetFile(pa.PythonFile(opened, mode="r")).schema_arrow.names
+        else:
+            with open_stream(file.path, file.compression) as stream:
+                names = list(json.loads(stream.readline(_SHOWN_BYTES)))
+    except (OSError, ValueError, TypeError, pa.ArrowException):
+        return ""
+    return f"fields of {file.name}: {', '.join(sorted(map(str, names))[:_SHOWN_FIELDS])}; "

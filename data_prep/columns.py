@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.manifest import DEFAULT_SOURCE
 from data_prep.sources import SourceFile, Unit
 from data_prep.units import WHOLE_FILE, Rows, UnitRecord, lines_before, read_rows
 
@@ -46,13 +47,13 @@ def load_columns(
     folder: Path, units: Sequence[Unit], records: Sequence[UnitRecord], files: Sequence[SourceFile]
 ) -> tuple[Columns, tuple[Array, Array]]:
     """From the units' tables; and the two halves of the documents' hashes."""
-    names = sorted({name for record in records for name in record.sources})
+    names = sorted({name or DEFAULT_SOURCE for record in records for name in record.sources})
     source_index = {name: index for index, name in enumerate(names)}
     file_index = {file.path: index for index, file in enumerate(files)}
     parts: list[dict[str, Array]] = []
     for unit, record, before in zip(units, records, lines_before(units, records), strict=False):
         rows = read_rows(folder, record)
-        to_source = np.array([source_index[name] for name in record.sources] or [0], np.uint32)
+        to_source = np.array([source_index[name or DEFAULT_SOURCE] for name in record.sources] or [0], np.uint32)
         parts.append(_unit_columns(rows, unit, to_source, file_index, before))
     joined = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])} if parts else {}
     hashes = joined.pop("hash_high"), joined.pop("hash_low")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_prep.arrange import folder_names
 from data_prep.bad import FILE_NAME as REJECTED_NAME
-from data_prep.bad import write_rejected
+from data_prep.bad import unnamed, write_rejected
 from data_prep.columns import Columns
 from data_prep.durable import whole_file
 from data_prep.job import Job
@@ -24,9 +24,9 @@ from data_prep.report import REPORT_NAMES, write_report
 from data_prep.settings import token_dtype
 from data_prep.shards import ShardRecord
 from data_prep.sources import Unit
-from data_prep.tokenizer import TOKENIZER_FILES
+from data_prep.tokenizer import prepared_tokenizer
 from data_prep.units import UnitRecord
-from data_prep.work import Place
+from data_prep.work import Place, kept_tokenizer
 from titans_train import __version__
 
 LENGTHS_FILE = "lengths.npy"
@@ -68,11 +68,12 @@ def make_manifest(
         "duplicates": sums.duplicates,
         "rejected": rejected,
         "left_out": job.left_out,
+        "without_source": unnamed(place.units, records, sums.last_after) if job.read.source_field else 0,
         "source_names": _renamed(columns.source_names),
         "stopped_at_max_bytes": sums.last_after is not None,
     }
     manifest = Manifest(
-        VERSION, _tokenizer_entry(job, place.staging), token_dtype(job.tokenizer).name, __version__, job.wanted,
+        VERSION, _tokenizer_entry(job, place), token_dtype(job.tokenizer).name, __version__, job.wanted,
         report, splits,
     )  # fmt: skip
     write_report(place.staging, manifest, _both_splits(lengths))
@@ -133,9 +134,12 @@ def _write(path: Path, data: bytes) -> FileEntry:
     return FileEntry(path.name, len(data), xxhash.xxh64(data).hexdigest())
 
 
-def _tokenizer_entry(job: Job, folder: Path) -> TokenizerEntry:
-    tokenizer = job.tokenizer
+def _tokenizer_entry(job: Job, place: Place) -> TokenizerEntry:
+    """With the copy of its file that the run has worked with."""
+    tokenizer, copy = job.tokenizer, kept_tokenizer(place, job.tokenizer)
     file = None
-    if tokenizer.path is not None:
-        file = describe_file(Path(shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILES[tokenizer.kind])))
-    return TokenizerEntry(tokenizer.kind, tokenizer.sha256, tokenizer.vocabulary, tokenizer.end_of_document, file)
+    if copy is not None:
+        file = describe_file(Path(shutil.copyfile(copy, place.staging / copy.name)))
+    entry = TokenizerEntry(tokenizer.kind, tokenizer.sha256, tokenizer.vocabulary, tokenizer.end_of_document, file)
+    prepared_tokenizer(entry, place.staging)  # PrepareError where it is not the same
+    return entry

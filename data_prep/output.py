@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from data_prep.claim import Claim
 from data_prep.durable import flush_folder
 from data_prep.errors import PrepareError
 from data_prep.manifest import FILE_NAME, Manifest, ManifestError
 from data_prep.storage import exists, join, list_files, read_bytes, upload
 from data_prep.work import Place
 
+_NO_REPLACING = "{} is a mount point, which cannot be replaced{}; name a folder below it, as --output {}/prepared"
 _REMEDY = "name another --output, or remove {} if it is no longer needed"
 
 
@@ -24,6 +26,8 @@ def existing(place: Place, wanted: dict[str, Any]) -> Manifest | None:
         if not place.local.is_dir():
             raise PrepareError(f"{place.output} exists and is not a folder; {remedy}")
         if not any(place.local.iterdir()):
+            if os.path.ismount(place.local):
+                raise PrepareError(_NO_REPLACING.format(place.output, "", place.output))
             return None
         if not (place.local / FILE_NAME).is_file():
             raise PrepareError(f"{place.output} exists and holds something else (no {FILE_NAME}); {remedy}")
@@ -73,7 +77,20 @@ def check_remote_empty(place: Place) -> None:
         )
 
 
-def publish(place: Place, manifest: Manifest) -> None:
+def check_replaceable(place: Place) -> None:
+    """PrepareError where a local output exists, empty, and a folder cannot take its place as in the end."""
+    if place.remote or not place.local.exists():
+        return
+    trial = place.beside / "trial"
+    trial.mkdir(exist_ok=True)
+    try:
+        os.replace(trial, place.local)
+    except OSError as error:
+        trial.rmdir()
+        raise PrepareError(_NO_REPLACING.format(place.output, f" ({error.strerror})", place.output)) from error
+
+
+def publish(place: Place, manifest: Manifest, claim: Claim | None) -> None:
     """Put the staged files in their place, the manifest last: the output is whole or not there."""
     text = manifest.to_text()
     if place.remote is None:
@@ -82,8 +99,11 @@ def publish(place: Place, manifest: Manifest) -> None:
         place.local.parent.mkdir(parents=True, exist_ok=True)
         os.replace(place.staging, place.local)
         return
+    assert claim is not None
+    claim.check()
     for path in sorted(path for path in place.staging.rglob("*") if path.is_file()):
         upload(path, join(place.remote, path.relative_to(place.staging).as_posix()))
     manifest_path = Path(place.work / FILE_NAME)
     manifest_path.write_text(text, "utf-8")
+    claim.check()
     upload(manifest_path, join(place.remote, FILE_NAME))

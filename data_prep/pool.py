@@ -49,6 +49,7 @@ class Pool:
 
     workers: int
     listen: Listener
+    note: Callable[[], None] = lambda: None  # called when the workers' queues exist, which a kill would leave
     peak_bytes: int = 0  # resident memory of the largest worker so far
     cpu: dict[int, float] = field(default_factory=dict)  # process -> CPU seconds of its tasks, starting included
 
@@ -74,6 +75,7 @@ class Pool:
         counts, counter = context.Pipe(duplex=False)
         executor = ProcessPoolExecutor(workers, context, _begin, (life, counter))
         try:
+            self.note()
             for result, cost in _in_flight(executor, function, tasks, 2 * workers, lambda: self._drain(counts)):
                 self.peak_bytes = max(self.peak_bytes, cost.peak_bytes)
                 self.cpu[cost.process] = cost.cpu_seconds

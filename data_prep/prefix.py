@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from data_prep.errors import PrepareError
+from data_prep.manifest import DEFAULT_SOURCE
 from data_prep.units import UnitRecord
 
 MAX_SOURCES = 1000
@@ -18,6 +19,7 @@ class Prefix:
         self.documents = self.text_bytes = 0
         self.rejected: Counter[str] = Counter()  # by reason
         self.sources: set[str] = set()
+        self.none_named = True  # no document so far names its source
         self._max_bytes = max_bytes
         self._waiting: dict[int, UnitRecord] = {}
 
@@ -36,7 +38,8 @@ class Prefix:
             self.documents += following.document_count
             self.text_bytes += following.text_bytes
             self.rejected.update(following.rejected_counts)
-            self.sources.update(following.sources)
+            self.sources.update(name or DEFAULT_SOURCE for name in following.sources)
+            self.none_named = self.none_named and set(following.sources) <= {None}
         return len(self.records) > before
 
     def check_sources(self) -> None:

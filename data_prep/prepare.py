@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import os
 import time
 from collections.abc import Callable
 from contextlib import closing
 
-from data_prep import arrange, output, space
-from data_prep.bad import check_share
+from data_prep import arrange, claim, output, space
+from data_prep.bad import check_share, check_source_field
 from data_prep.columns import BYTES_PER_DOCUMENT, Columns, load_columns
 from data_prep.errors import PrepareError
 from data_prep.finish import Sums, make_manifest
@@ -20,8 +23,23 @@ from data_prep.settings import token_dtype
 from data_prep.shards import PRELOAD, ShardRecord, ShardWriter, find_shard, head_bytes, lies_there
 from data_prep.tasks import Tasks, UnitUsers
 from data_prep.units import UnitWriter, find_record
-from data_prep.work import Place, find_place, is_work_of, locked, open_work, remove_work
+from data_prep.work import (
+    Place,
+    find_place,
+    is_work_of,
+    keep_tokenizer,
+    locked,
+    note_shared_memory,
+    open_work,
+    remove_work,
+)
 from titans_train import __version__
+
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free space or allow larger files"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Give write permission or name another folder"),
+    **dict.fromkeys((errno.ENAMETOOLONG,), "Choose a shorter name"),
+}
 
 
 def prepare(job: Job, say: Callable[[str], None] = print) -> Manifest:
@@ -40,12 +58,16 @@ def prepare(job: Job, say: Callable[[str], None] = print) -> Manifest:
         if is_work_of(place, job.wanted):  # the run that finished was killed before it tidied up
             remove_work(place)
     except OSError as error:
-        raise PrepareError(
-            f"writing {place.output} failed: {error.strerror or error}; what is done is kept in {place.work}. Free "
-            "space or give write permission, and run the same command again to go on"
-        ) from error
+        raise PrepareError(_describe(place, error)) from error
     say(f"already prepared: {place.output}")
     return manifest
+
+
+def _describe(place: Place, error: OSError) -> str:
+    where = f"{error.filename}" if error.filename else f"preparing {place.output}"
+    kept = f"; what is done is kept in {place.work}" if os.path.isdir(place.work) else ""
+    remedy = _REMEDIES.get(error.errno or 0, "Mend that")
+    return f"{where}: {error.strerror or error}{kept}. {remedy}, and run the same command again"
 
 
 class _Run:
@@ -53,17 +75,17 @@ class _Run:
         self.job, self.place, self._say = job, place, say
         self.start = time.monotonic()
         self.progress = Progress(job.quiet)
-        self.pool = Pool(job.worker_count(), self.progress.add)
+        self.pool = Pool(job.worker_count(), self.progress.add, functools.partial(note_shared_memory, place.work))
         self.itemsize = token_dtype(job.tokenizer).itemsize
         self.units = job.units()
-        self.writer = UnitWriter(place.units, job.tokenizer.spec(), job.tokenizer.sha256, job.read, job.settings)
+        self.writer: UnitWriter
+        self.claim: claim.Claim | None = None
         self.made: set[int] = set()  # units that this run has tokenised itself
 
     def run(self) -> Manifest:
         job, place = self.job, self.place
-        resumed = open_work(place, job.wanted, __version__, job.restart)
-        if not resumed:
-            output.check_remote_empty(place)
+        resumed = open_work(place, job.wanted, job.files, __version__, job.restart)
+        self._begin(resumed)
         self.say(f"{'going on in' if resumed else 'working in'} {place.work}, {self.pool.workers} workers")
         try:
             self._check_room()
@@ -71,7 +93,7 @@ class _Run:
             columns, sums = self._arrange(prefix)
             shards = self._write(columns)
             manifest = make_manifest(job, place, self.units, prefix.records, columns, sums, shards)
-            output.publish(place, manifest)
+            output.publish(place, manifest, self.claim)
         except PrepareError as error:
             raise PrepareError(
                 f"{error}. What is done is kept in {place.work}: the same command goes on from there, --restart begins "
@@ -82,6 +104,22 @@ class _Run:
         remove_work(place)
         self._say_cost(sums)
         return manifest
+
+    def _begin(self, resumed: bool) -> None:
+        """What would make all work useless is looked for before it, and leaves no working folder behind."""
+        job, place = self.job, self.place
+        try:
+            if place.remote:
+                self.claim = claim.take(place.remote, place.work, job.restart)
+            output.check_replaceable(place)
+            if not resumed:
+                output.check_remote_empty(place)
+            spec = keep_tokenizer(place, job.tokenizer)
+        except PrepareError:
+            if not resumed:
+                remove_work(place)
+            raise
+        self.writer = UnitWriter(place.units, spec, job.tokenizer.sha256, job.read, job.settings)
 
     def say(self, text: str) -> None:
         """A note, on a line of its own."""
@@ -123,6 +161,7 @@ class _Run:
                     self.pool.warm(PRELOAD)
         check_share(folder, self.units, prefix, limit, final=True)
         prefix.check_sources()
+        check_source_field(prefix, self.job.files, self.job.read.source_field)
         return prefix
 
     def _arrange(self, prefix: Prefix) -> tuple[Columns, Sums]:
@@ -134,6 +173,7 @@ class _Run:
         )
         columns, hashes = load_columns(self.place.units, self.units, prefix.records, job.files)
         within = arrange.rows_within(columns.text_bytes, job.settings.max_bytes)
+        arrange.check_first(columns, within, job.settings.max_bytes)
         last_after = None
         if within < len(columns):
             last_after = within - (len(columns) - prefix.records[-1].document_count)
@@ -160,7 +200,7 @@ class _Run:
         self._check_room_for_shards(int(sum(sizes[plan.rows].sum() for plan in left)))
         self.progress.begin("write", int(sum(columns.tokens[plan.rows].sum() for plan in left)) * self.itemsize)
         writer = ShardWriter(
-            place.units, place.records, place.staging, place.remote, job.settings.compression,
+            place.units, place.records, place.staging, self.claim, job.settings.compression,
             job.settings.shard_size, self.itemsize,
         )  # fmt: skip
         units_of = {plan.name: columns.unit[plan.rows] for plan in left}
@@ -174,11 +214,13 @@ class _Run:
         """Name -> record of the shards that an earlier run wrote, and that are still where it put them."""
         place = self.place
         remote = output.stored_sizes(place.output) if place.remote else None
+        found = [record for plan in plans if (record := find_shard(place.records, plan.name)) is not None]
+        self.progress.begin("check", sum(record.entry.stored.bytes for record in found))
         done = {}
-        for plan in plans:
-            record = find_shard(place.records, plan.name)
-            if record is not None and lies_there(record, place.staging, remote):
-                done[plan.name] = record
+        for record in found:
+            if lies_there(record, place.staging, remote):
+                done[record.name] = record
+            self.progress.add(record.entry.stored.bytes, 0)
         if done:
             self.say(f"{len(done):,} of {len(plans):,} shards were written before")
         return done

@@ -27,25 +27,27 @@ from data_prep.records import (
     too_long,
 )
 from data_prep.sources import SourceFile, Unit
-from data_prep.storage import StorageError, StorageFile, decompress, open_input
+from data_prep.storage import FileState, StorageError, StorageFile, decompress, is_remote, open_input, printable
 from data_prep.table import rows
 
 __all__ = ["REASONS", "Document", "ReadSettings", "Rejected", "UnitReader", "read_unit"]
 
 _BOM = b"\xef\xbb\xbf"
-_LINE_BYTES = 2  # of JSON per byte of text, at most: escapes; what is left holds the other fields
+_ESCAPE_BYTES = 6  # of JSON for each byte of a text, at most: \\u0001
+_FIELDS_BYTES = 1 << 20  # of a line besides its longest possible text
 
 
 class UnitReader(Iterator["Document | Rejected"]):
     """An iterator over a unit's records.
 
     At its end `lines` holds how many lines, rows or documents each of the unit's files has in it. Blank lines of JSON
-    Lines are counted and otherwise passed over.
+    Lines are counted and otherwise passed over. PrepareError where a file is not as it was when it was found.
     """
 
     def __init__(self, unit: Unit, settings: ReadSettings) -> None:
         self.lines = [0] * len(unit.files)
         self._unit, self._settings = unit, settings
+        self._open: tuple[SourceFile, StorageFile] | None = None
         self._records = self._read_all()
 
     def __next__(self) -> Document | Rejected:
@@ -54,18 +56,29 @@ class UnitReader(Iterator["Document | Rejected"]):
     def _read_all(self) -> Iterator[Document | Rejected]:
         for index, file in enumerate(self._unit.files):
             with open_input(file.path) as opened:
-                if opened.size != file.bytes:
-                    raise PrepareError(
-                        f"{file.path} has {opened.size:,} bytes now, it had {file.bytes:,} when it was found; "
-                        "let nothing write it and run again"
-                    )
-                if file.kind == "parquet":
-                    yield from self._rows(index, file, opened)
-                elif file.is_one_document(self._settings.separator):
-                    self.lines[index] = 1
-                    yield _whole(index, file, opened, self._settings)
-                else:
-                    yield from self._pieces(index, file, opened)
+                _check_unchanged(file, opened.state)
+                self._open = file, opened
+                yield from self._records_of(index, file, opened)
+                self.check()
+                self._open = None
+
+    def check(self) -> None:
+        """PrepareError where the file that is being read has changed; for a reader that leaves off before the end."""
+        if self._open is not None:
+            file, opened = self._open
+            now = opened.state_now()
+            _check_unchanged(file, now)
+            if now != opened.state:
+                raise _changed(file, "is another one now than when its reading began")
+
+    def _records_of(self, index: int, file: SourceFile, opened: StorageFile) -> Iterator[Document | Rejected]:
+        if file.kind == "parquet":
+            yield from self._rows(index, file, opened)
+        elif file.is_one_document(self._settings.separator):
+            self.lines[index] = 1
+            yield _whole(index, file, opened, self._settings)
+        else:
+            yield from self._pieces(index, file, opened)
 
     def _range(self, file: SourceFile) -> tuple[int, int]:
         return (self._unit.begin, self._unit.end) if len(self._unit.files) == 1 else (0, file.bytes)
@@ -86,7 +99,9 @@ class UnitReader(Iterator["Document | Rejected"]):
         """The lines of JSON Lines, or the documents between separators."""
         lines = file.kind == "lines"
         separator = b"\n" if lines else str(self._settings.separator).encode("utf-8")
-        limit = self._settings.max_document_bytes * (_LINE_BYTES if lines else 1)
+        limit = self._settings.max_document_bytes
+        if lines:
+            limit = limit * _ESCAPE_BYTES + _FIELDS_BYTES
         begin, end = self._range(file)
         position = start_of(begin, separator)
         opened.seek(position)
@@ -113,13 +128,30 @@ def read_unit(unit: Unit, settings: ReadSettings | None = None) -> UnitReader:
     return UnitReader(unit, settings or ReadSettings())
 
 
+def _check_unchanged(file: SourceFile, now: FileState) -> None:
+    """Against what it was when it was found; S3 then tells parts of seconds, and later none."""
+    if now.bytes != file.bytes:
+        raise _changed(file, f"has {now.bytes:,} bytes now, it had {file.bytes:,} when it was found")
+    second = 10**9 if is_remote(file.path) else 1
+    if file.mtime_ns and now.mtime_ns and now.mtime_ns // second != file.mtime_ns // second:
+        raise _changed(file, "was written to after it was found")
+
+
+def _changed(file: SourceFile, how: str) -> PrepareError:
+    return PrepareError(
+        f"{printable(file.path)} {how}; let nothing write it, and start again with --restart when it is at rest"
+    )
+
+
 def _parse(
     number: int, index: int, piece: Piece, is_line: bool, limit: int, settings: ReadSettings
 ) -> Document | Rejected:
     data = piece.data.removeprefix(_BOM) if piece.begin == 0 else piece.data
     try:
         if piece.too_long:
-            raise Refusal(TOO_LONG, f"more than {limit:,} bytes")
+            what = f"a line of more than {limit:,} bytes" if is_line else f"more than {limit:,} bytes"
+            allowed = f"; at most {settings.max_document_bytes:,} of text are allowed (--max-document-size)"
+            raise Refusal(TOO_LONG, what + allowed)
         text, source = parse_line(data, settings) if is_line else (check_text(decode(data), settings), None)
         return Document(number, index, text, source)
     except Refusal as refusal:
@@ -135,7 +167,9 @@ def _whole(index: int, file: SourceFile, opened: StorageFile, settings: ReadSett
             raise too_long(file.bytes, settings)
         data = _read_up_to(decompress(opened, file.compression), limit + 1)
         if len(data) > limit:
-            raise Refusal(TOO_LONG, f"more than {settings.max_document_bytes:,} bytes")
+            raise Refusal(
+                TOO_LONG, f"more than the {settings.max_document_bytes:,} bytes that are allowed (--max-document-size)"
+            )
         return Document(1, index, check_text(data.removeprefix(_BOM), settings), None)
     except Refusal as refusal:
         return _rejected(1, index, refusal, data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class ReadSettings:
     """How files become documents. Fields may be dotted paths ("meta.source") in JSON objects and Parquet structs."""
 
     text_field: str = "text"
-    source_field: str | None = None  # names the data source of a document; values that are no text count as none
+    source_field: str | None = None  # of a document's data source: a text or number; anything else is none
     separator: str | None = None  # cuts text files into documents and is in none of them
     max_document_bytes: int = 16 << 20  # of UTF-8 text; tokenising takes up to 135 bytes of memory for each
 
@@ -38,6 +39,9 @@ class ReadSettings:
             raise PrepareError("the separator is empty; give a text that stands between documents, as <|endoftext|>")
         if self.max_document_bytes < 1:
             raise PrepareError(f"at most {self.max_document_bytes} bytes per document: must be 1 or more")
+        for what, text in (("separator", self.separator), ("field", self.text_field), ("field", self.source_field)):
+            if text is not None and not _is_unicode(text):
+                raise PrepareError(f"the {what} {text!r} is not valid UTF-8; give a text that is, in a UTF-8 terminal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,7 @@ def parse_line(line: bytes | bytearray, settings: ReadSettings) -> tuple[str, st
     except ValueError as error:  # also a number of too many digits
         raise Refusal(BROKEN_JSON, str(error)) from error
     if not isinstance(record, dict):
-        raise Refusal(NOT_AN_OBJECT, f"holds a {type(record).__name__}, expected an object")
+        raise Refusal(NOT_AN_OBJECT, f"holds {_kind(record)}, expected an object")
     found, value = _field(record, settings.text_field)
     if not found:
         fields = ", ".join(sorted(record)[:_SHOWN_FIELDS])
@@ -92,8 +96,7 @@ def check_text(value: Any, settings: ReadSettings) -> str:
     if isinstance(value, bytes):
         value = decode(value)
     if not isinstance(value, str):
-        kind = "null" if value is None else f"a {type(value).__name__}"
-        raise Refusal(NOT_TEXT, f"field {settings.text_field!r} is {kind}")
+        raise Refusal(NOT_TEXT, f"field {settings.text_field!r} is {_kind(value)}")
     if not value or value.isspace():
         raise Refusal(EMPTY, "nothing but white space" if value else "no characters")
     size = len(value) if value.isascii() else _utf8_bytes(value)
@@ -103,7 +106,9 @@ def check_text(value: Any, settings: ReadSettings) -> str:
 
 
 def check_source(value: Any) -> str | None:
-    """A non-empty text, with "?" for halves of surrogate pairs; None for anything else."""
+    """A non-empty text, with "?" for halves of surrogate pairs; the digits of a number; None for anything else."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
     return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) and value else None
 
 
@@ -115,7 +120,9 @@ def decode(data: bytes | bytearray) -> str:
 
 
 def too_long(size: int, settings: ReadSettings) -> Refusal:
-    return Refusal(TOO_LONG, f"{size:,} bytes, at most {settings.max_document_bytes:,} are allowed")
+    return Refusal(
+        TOO_LONG, f"{size:,} bytes, at most {settings.max_document_bytes:,} are allowed (--max-document-size)"
+    )
 
 
 def excerpt(value: Any) -> str:
@@ -127,6 +134,22 @@ def excerpt(value: Any) -> str:
     else:
         text = str(value)[:EXCERPT_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
     return text[:EXCERPT_CHARACTERS]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in words for people who write JSON."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "true or false"
+    names = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), f"a {type(value).__name__}")
 
 
 def _utf8_bytes(text: str) -> int:

@@ -44,6 +44,9 @@ def _text(manifest: Manifest, lengths: Lengths) -> str:
     lines += [f"* source folder `{folder}`: {name}" for folder, name in sorted(report["source_names"].items())]
     if report["source_names"]:
         lines.append("")
+    if report["without_source"]:
+        field = manifest.settings["source_field"]
+        lines += [f"{report['without_source']:,} documents name no source in the field `{field}`.", ""]
     if report["left_out"]:
         lines += [*(f"* left out: {count:,} x {why}" for why, count in sorted(report["left_out"].items())), ""]
     if report["rejected"]:

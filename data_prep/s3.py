@@ -21,7 +21,7 @@ _CONNECT_SECONDS, _REQUEST_SECONDS, _ATTEMPTS = 5, 10, 4
 def client(bucket: str) -> pafs.S3FileSystem:
     """The client for a bucket under today's environment; the same one within a process as long as that stays."""
     address = endpoint()
-    region = os.environ.get("AWS_REGION") or boto3.Session().region_name
+    region = os.environ.get("AWS_REGION") or _session().region_name
     if not region and not address:
         region = _region_of(bucket)
     anonymous = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("true", "yes", "1") and not credentials_exist()
@@ -30,8 +30,11 @@ def client(bucket: str) -> pafs.S3FileSystem:
 
 
 def credentials_exist() -> bool:
-    """Whether AWS credentials are found anywhere (environment, files, sign-on, instance)."""
-    return boto3.Session().get_credentials() is not None
+    """Whether AWS credentials are found anywhere (environment, files, sign-on, instance); OSError: set up wrong."""
+    try:
+        return _session().get_credentials() is not None
+    except BotoCoreError as error:
+        raise OSError(str(error)) from error
 
 
 def delete_object(path: str) -> None:
@@ -44,8 +47,16 @@ def delete_object(path: str) -> None:
         connect_timeout=_CONNECT_SECONDS, read_timeout=_REQUEST_SECONDS, retries={"total_max_attempts": _ATTEMPTS}
     )
     try:
-        boto3.Session().client("s3", endpoint_url=endpoint(), config=waiting).delete_object(Bucket=bucket, Key=key)
+        _session().client("s3", endpoint_url=endpoint(), config=waiting).delete_object(Bucket=bucket, Key=key)
     except (ClientError, BotoCoreError) as error:
+        raise OSError(str(error)) from error
+
+
+def _session() -> boto3.Session:
+    """OSError when the AWS settings are not as they should be, as a profile that is not there."""
+    try:
+        return boto3.Session()
+    except BotoCoreError as error:
         raise OSError(str(error)) from error
 
 

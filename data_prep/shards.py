@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.arrange import shard_name
+from data_prep.claim import Claim
 from data_prep.durable import has_bytes, read_json, write_json
 from data_prep.errors import PrepareError
-from data_prep.manifest import FileEntry, ShardEntry
+from data_prep.manifest import FileEntry, ShardEntry, describe_file
 from data_prep.pool import advance
 from data_prep.settings import COMPRESSION
 from data_prep.storage import join, upload
@@ -92,20 +93,25 @@ def find_shard(records: Path, name: str) -> ShardRecord | None:
 
 
 def lies_there(record: ShardRecord, staging: Path, remote: dict[str, int] | None) -> bool:
-    """Whether the shard is in the staging folder, or among the objects (path -> bytes) that were uploaded."""
+    """Whether the shard is whole in the staging folder, or among the objects (path -> bytes) that were uploaded.
+
+    Of objects only the size is compared: S3 checks their content itself, and the claim keeps other writers away.
+    """
+    stored = record.entry.stored
     if remote is not None:
-        return remote.get(record.path) == record.entry.stored.bytes
-    return has_bytes(staging / record.path, record.entry.stored.bytes)
+        return remote.get(record.path) == stored.bytes
+    path = staging / record.path
+    return has_bytes(path, stored.bytes) and describe_file(path) == stored
 
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Writes one shard into `staging`, or uploads it to `remote`. Goes to worker processes."""
+    """Writes one shard into `staging`, or uploads it to the claimed output. Goes to worker processes."""
 
     units: Path  # the folder of intermediates
     records: Path
     staging: Path
-    remote: str | None
+    claim: Claim | None
     compression: str
     shard_size: int
     itemsize: int
@@ -132,9 +138,11 @@ class ShardWriter:
             out=str(scratch), columns=COLUMNS, compression=COMPRESSION[self.compression], hashes=[HASH],
             size_limit=self.shard_size, max_workers=1,
         )  # fmt: skip
+        writer.size_limit = None  # the plan has set the borders, and a document beyond the limit has its own shard
         try:
             for name, tokens in zip(task.names, self._tokens(task), strict=True):
                 writer.write({"name": name, "tokens": tokens})
+            writer.size_limit = self.shard_size  # as the shard's head states it
             writer.flush_shard()
         finally:
             writer.executor.shutdown(wait=True)
@@ -163,8 +171,9 @@ class ShardWriter:
 
     def _move(self, scratch: Path, record: ShardRecord) -> None:
         written = next(scratch.iterdir())
-        if self.remote is not None:
-            upload(written, join(self.remote, record.path))
+        if self.claim is not None:
+            self.claim.check()
+            upload(written, join(self.claim.remote, record.path))
             return
         with written.open("rb") as stream:
             os.fsync(stream.fileno())

@@ -91,31 +91,46 @@ class Unit:
 
 
 def find_files(
-    inputs: Sequence[str], skipped_folders: Collection[str] = (), suffixes: Sequence[str] = SUFFIXES
-) -> Found:
+    inputs: Sequence[str], skipped_folders: Collection[str] = (), suffixes: Sequence[str] = SUFFIXES,
+    without: Sequence[str] = (),
+) -> Found:  # fmt: skip
     """The files that a user's inputs name, by name then path; counts of what was left out by reason; a fingerprint.
 
     An input is a file, a folder, a glob pattern or @LIST (a file with one of them per line, # for comments), local or
-    s3://. A file named twice counts once. The fingerprint changes with any name, size or time of change.
+    s3://. A file named twice counts once, with its name in the shortest of the folders it was found in. What lies in
+    the folders or below the URLs of `without` is left out, unless the input itself does. The fingerprint changes with
+    any name, size or time of change.
     PrepareError: an input does not exist or matches nothing, a named file is of an unknown kind, nothing is found.
     """
-    files: dict[str, SourceFile] = {}
+    files: dict[str, tuple[int, str, SourceFile]] = {}
     left_out: Counter[str] = Counter()
+    own = [_place(path) + "/" for path in without]
     for text in _without_lists(inputs):
+        if not text.strip():
+            raise PrepareError("--input is empty; name a file or a folder, as . for this one")
         root, infos = _below(text, skipped_folders)
+        skipped = tuple(path for path in own if not f"{_place(root)}/".startswith(path))
         for info in infos:
+            if (place := _place(info.path)).startswith(skipped):
+                left_out["of the output"] += 1
+                continue
             if not info.path.endswith(tuple(suffixes)):
                 if info.path == root:
                     raise PrepareError(f"--input {text}: unknown kind of file; known: {' '.join(suffixes)}")
                 left_out["unknown kind of file"] += 1
                 continue
             name = (os.path.basename(root) + info.path.removeprefix(root)).lstrip("/")
-            place = info.path if storage.is_remote(info.path) else os.path.realpath(info.path)
-            files.setdefault(place, SourceFile(info.path, name, info.bytes, info.mtime_ns))
+            found = len(root), root, SourceFile(info.path, name, info.bytes, info.mtime_ns)
+            files[place] = min(found, files.get(place, found), key=lambda item: (*item[:2], item[2].path))
     if not files:
         raise PrepareError(f"no {' '.join(suffixes)} file in {' '.join(inputs)}; name a folder that holds text")
-    ordered = sorted(files.values(), key=lambda file: (file.name, file.path))
+    ordered = sorted((file for _, _, file in files.values()), key=lambda file: (file.name, file.path))
     return ordered, dict(left_out), _fingerprint([[file.name, file.bytes, file.mtime_ns] for file in ordered])
+
+
+def _place(path: str) -> str:
+    """The same text for all ways to name a file or folder."""
+    return path.rstrip("/") if storage.is_remote(path) else os.path.realpath(os.path.expanduser(path))
 
 
 def default_corpus() -> Found:

@@ -1,4 +1,4 @@
-"""Files by path or URL: local disk and S3 (also its work-alikes), through pyarrow's file systems.
+"""Files by path or URL: local disk, and S3 (also its work-alikes) through pyarrow's file system.
 
 Every failure of listing, opening, reading or writing is a StorageError with the path and the remedy. S3 clients are
 made on first use, one per process and setting, and never at import: they do not survive a fork.
@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from data_prep.durable import whole_file
+from data_prep.pieces import Unpacked, gunzip, unzstd
 from data_prep.s3 import client, delete_object
 from data_prep.storage_errors import StorageError, describe
 
@@ -32,6 +34,15 @@ class FileInfo:
     path: str  # local path or URL
     bytes: int
     mtime_ns: int
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What changes when a file is written. `mtime_ns` of S3 has whole seconds; 0 where the storage tells none."""
+
+    bytes: int
+    mtime_ns: int
+    etag: str = ""
 
 
 def is_remote(path: str) -> bool:
@@ -48,14 +59,17 @@ def absolute(path: str) -> str:
     return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
+def printable(name: str) -> str:
+    """A path or name as text that can be written anywhere: bytes of it that are not UTF-8 become \\xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def locate(path: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a path or s3:// URL, and the path inside it.
+    """The file system of an s3:// URL, and the path inside it.
 
     The S3 endpoint is AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or S3_ENDPOINT_URL; credentials and region come from the
     usual AWS environment and files. Without credentials AWS_NO_SIGN_REQUEST=true reads public buckets.
     """
-    if not is_remote(path):
-        return pafs.LocalFileSystem(), absolute(path)
     inner = path.removeprefix(_S3).rstrip("/")
     bucket = inner.partition("/")[0]
     if not path.startswith(_S3) or not bucket:
@@ -66,6 +80,8 @@ def locate(path: str) -> tuple[pafs.FileSystem, str]:
 
 def exists(path: str) -> bool:
     """Whether a file or folder is there."""
+    if not is_remote(path):
+        return os.path.exists(absolute(path))
     files, inner = locate(path)
     with _translated(path):
         return files.get_file_info(inner).type != pafs.FileType.NotFound
@@ -77,14 +93,8 @@ def list_files(path: str, skipped_folders: Collection[str] = ()) -> list[FileInf
     Names that start with "." and folders named in `skipped_folders` are left out below the folder; local links to
     folders are not followed.
     """
-    files, inner = locate(path)
     with _translated(path):
-        root = files.get_file_info(inner)
-        if root.type == pafs.FileType.NotFound:
-            raise FileNotFoundError(path)
-        if root.type == pafs.FileType.File:
-            return [FileInfo(absolute(path), root.size, root.mtime_ns)]
-        found = _list_s3(files, inner, skipped_folders) if is_remote(path) else _list_local(inner, skipped_folders)
+        found = _list_s3(path, skipped_folders) if is_remote(path) else _list_local(absolute(path), skipped_folders)
         return sorted(found, key=lambda info: info.path)
 
 
@@ -93,10 +103,19 @@ class StorageFile(io.RawIOBase):
 
     def __init__(self, path: str) -> None:
         self._path = path
-        files, inner = locate(path)
         with _translated(path):
-            self._file = files.open_input_file(inner)
-            self.size: int = self._file.size()
+            # Python opens paths that are no UTF-8, the library does not.
+            self._file: Any = _open_s3(path) if is_remote(path) else open(absolute(path), "rb", buffering=0)  # noqa: SIM115
+            self.state = _remote_state(self._file) if is_remote(path) else _local_state(path)
+        self.size = self.state.bytes
+
+    def state_now(self) -> FileState:
+        """As `state`, which was read when the file was opened."""
+        with _translated(self._path):
+            if not is_remote(self._path):
+                return _local_state(self._path)
+            with _open_s3(self._path) as file:
+                return _remote_state(file)
 
     def readable(self) -> bool:
         return True
@@ -143,13 +162,13 @@ def open_stream(path: str, compression: Compression | None = None) -> Iterator[I
 def decompress(file: StorageFile, compression: Compression | None) -> IO[bytes]:
     """The content of an open file from begin to end.
 
-    Reading damaged content raises an OSError that is no StorageError. zstd windows go up to 128 MiB (--long=27).
+    Reading damaged content raises an OSError that is no StorageError, after all that comes before the damage. zstd
+    windows go up to 128 MiB (--long=27).
     """
-    stream: Any = io.BufferedReader(file, BLOCK_BYTES)
+    stream = cast(IO[bytes], io.BufferedReader(file, BLOCK_BYTES))
     if compression is None:
-        return cast(IO[bytes], stream)
-    # The library passes a StorageError on as it is because it reads through a Python file.
-    return cast(IO[bytes], pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), compression))
+        return stream
+    return cast(IO[bytes], Unpacked(gunzip(stream) if compression == "gzip" else unzstd(stream)))
 
 
 def read_bytes(path: str) -> bytes:
@@ -173,12 +192,11 @@ def upload(local: Path, path: str) -> None:
 
 def delete(path: str) -> None:
     """Remove a file; nothing happens where there is none."""
-    files, inner = locate(path)
     with _translated(path), contextlib.suppress(FileNotFoundError):
         if is_remote(path):
-            delete_object(inner)
+            delete_object(locate(path)[1])
         else:
-            files.delete_file(inner)
+            os.unlink(absolute(path))
 
 
 @contextlib.contextmanager
@@ -189,7 +207,7 @@ def _translated(path: str) -> Iterator[None]:
         raise
     except (OSError, pa.ArrowException) as error:
         no_bucket = isinstance(error, FileNotFoundError) and is_remote(path) and not _bucket_exists(path)
-        raise StorageError(describe(path, error, no_bucket)) from error
+        raise StorageError(describe(printable(path), error, no_bucket)) from error
 
 
 def _write(path: str, source: IO[bytes], size: int) -> None:
@@ -225,20 +243,51 @@ def _list_local(root: str, skipped_folders: Collection[str]) -> Iterator[FileInf
     def fail(error: OSError) -> None:
         raise error
 
+    if not os.path.isdir(root):
+        state = os.stat(root)
+        yield FileInfo(root, state.st_size, state.st_mtime_ns)
+        return
     for folder, folders, names in os.walk(root, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped_folders]
         for name in names:
-            path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
-                state = path.stat()
-                yield FileInfo(str(path), state.st_size, state.st_mtime_ns)
+            path = os.path.join(folder, name)
+            if not name.startswith(".") and os.path.isfile(path):
+                state = os.stat(path)
+                yield FileInfo(path, state.st_size, state.st_mtime_ns)
 
 
-def _list_s3(files: pafs.FileSystem, root: str, skipped_folders: Collection[str]) -> Iterator[FileInfo]:
-    for info in files.get_file_info(pafs.FileSelector(root, recursive=True)):
-        parts = info.path.removeprefix(root).strip("/").split("/")
+def _list_s3(path: str, skipped_folders: Collection[str]) -> Iterator[FileInfo]:
+    files, inner = locate(path)
+    root = files.get_file_info(inner)
+    if root.type == pafs.FileType.NotFound:
+        raise FileNotFoundError(path)
+    if root.type == pafs.FileType.File:
+        yield FileInfo(absolute(path), root.size, root.mtime_ns)
+        return
+    for info in files.get_file_info(pafs.FileSelector(inner, recursive=True)):
+        parts = info.path.removeprefix(inner).strip("/").split("/")
         if info.is_file and not any(part.startswith(".") for part in parts) and not {*parts[:-1]} & {*skipped_folders}:
             yield FileInfo(_S3 + info.path, info.size, info.mtime_ns)
+
+
+def _local_state(path: str) -> FileState:
+    state = os.stat(absolute(path))
+    return FileState(state.st_size, state.st_mtime_ns)
+
+
+def _open_s3(path: str) -> Any:
+    files, inner = locate(path)
+    return files.open_input_file(inner)
+
+
+def _remote_state(file: Any) -> FileState:
+    """From the answer that opening the object got."""
+    told = {key: value.decode("latin-1") for key, value in (file.metadata() or {}).items()}
+    try:
+        time_ns = int(datetime.fromisoformat(told.get("Last-Modified", "")).timestamp()) * 10**9
+    except ValueError:
+        time_ns = 0
+    return FileState(file.size(), time_ns, told.get("ETag", ""))
 
 
 def _bucket_exists(path: str) -> bool:

@@ -20,6 +20,11 @@ _CAUSES = (
         ("ExpiredToken", "TokenRefreshRequired", "RequestExpired"),
         "the AWS credentials have expired; renew them (a new AWS_SESSION_TOKEN, or aws sso login) and run again",
     ),
+    (
+        ("The config profile",),
+        "there is no such AWS profile; set AWS_PROFILE to one of ~/.aws/config, or unset it",
+    ),
+    (("Unable to parse config file",), "the AWS settings cannot be read; mend the file"),
     (("NO_SUCH_BUCKET", "NoSuchBucket"), _NO_BUCKET),
     (
         ("INVALID_ACCESS_KEY_ID", "InvalidAccessKeyId", "SIGNATURE_DOES_NOT_MATCH", "SignatureDoesNotMatch"),
@@ -70,8 +75,15 @@ def describe(path: str, error: Exception, no_bucket: bool) -> str:
         if any(pattern in text for pattern in patterns):
             return f"{path}: {remedy} ({text})"
     if any(pattern in text for pattern in _DENIED):
-        return f"{path}: access denied{_HAS_KEYS if credentials_exist() else _NO_KEYS} ({text})"
+        return f"{path}: access denied{_HAS_KEYS if _have_keys() else _NO_KEYS} ({text})"
     return f"{path}: {text}; check the address and run again"
+
+
+def _have_keys() -> bool:
+    try:
+        return credentials_exist()
+    except OSError:  # they are there, and cannot be had
+        return True
 
 
 def _number(error: Exception) -> int | None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from data_prep.durable import has_bytes, read_json, whole_file, write_json
 from data_prep.errors import PrepareError
-from data_prep.manifest import DEFAULT_SOURCE, FileEntry, describe_file
+from data_prep.manifest import FileEntry, describe_file
 from data_prep.pool import advance
 from data_prep.readers import Document, ReadSettings, Rejected, read_unit
 from data_prep.settings import Settings, is_validation, token_dtype
@@ -59,7 +59,7 @@ class UnitRecord:
     text_bytes: int = 0
     document_count: int = 0
     rejected_counts: dict[str, int] = field(default_factory=dict)  # by reason
-    sources: list[str] = field(default_factory=list)  # as the documents name them, in order of appearance
+    sources: list[str | None] = field(default_factory=list)  # as the documents name them, in order of appearance
     lines: list[int] = field(default_factory=list)  # that were read of each of the unit's files
 
 
@@ -188,7 +188,7 @@ class _Content:
     ) -> None:  # fmt: skip
         self.text_bytes = self.documents = 0
         self.rejected: Counter[str] = Counter()
-        self.sources: dict[str, int] = {}
+        self.sources: dict[str | None, int] = {}
         self._tokenizer, self._settings = tokenizer, settings
         self._whole = whole  # of each file: it is one document
         self._streams = tokens, documents, rejected
@@ -227,7 +227,7 @@ class _Content:
             row["line"] = WHOLE_FILE if self._whole[document.file] else document.line
             row["tokens"], row["text_bytes"] = len(ids) + 1, len(text)
             row["file"] = document.file
-            row["source"] = self.sources.setdefault(document.source or DEFAULT_SOURCE, len(self.sources))
+            row["source"] = self.sources.setdefault(document.source or None, len(self.sources))
             row["validation"] = is_validation(text, self._settings.validation_share, self._settings.seed)
         self._streams[0].write(np.concatenate(pieces).tobytes())
         self._streams[1].write(rows.tobytes())

@@ -2,25 +2,35 @@
 
 settings.json  what it is the work of      units/  intermediates (see units.py)
 shards/  a record of each shard that is written or uploaded      output/  what becomes the prepared folder
+input.json  files of the input      shared_memory.json  what a killed run has left there
+claim.json  see claim.py            tokenizer.json or tokenizer.model  the copy that is worked with
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from data_prep.claim import is_others, release
 from data_prep.durable import TEMPORARY, read_json, write_json
 from data_prep.errors import PrepareError
 from data_prep.shards import ShardRecord
+from data_prep.sources import SourceFile
 from data_prep.storage import delete, is_remote, join
+from data_prep.tokenizer import TOKENIZER_FILES, Tokenizer, from_spec
 
 _SETTINGS = "settings.json"
+_INPUT = "input.json"
+_SHARED_MEMORY = "shared_memory.json"
+_SHOWN_FILES = 3
 
 
 @dataclass(frozen=True)
@@ -66,8 +76,12 @@ class Place:
 
 
 def find_place(output: str, work: str | None) -> Place:
-    """From what --output and --work say."""
+    """From what --output and --work say. An output that is a link is what it points to, also when that is not there."""
+    if not output.strip():
+        raise PrepareError("--output is empty; name a folder or s3://BUCKET/KEY")
     output = output.rstrip("/") if is_remote(output) else str(Path(output).expanduser().absolute())
+    if not is_remote(output) and Path(output).is_symlink():
+        output = os.path.realpath(output)
     folder = Path.cwd() if is_remote(output) else Path(output).parent
     default = _partial(folder, output.rpartition("/")[2])
     return Place(output, Path(work).expanduser().absolute() if work else default, work is not None)
@@ -95,11 +109,13 @@ def locked(place: Place) -> Iterator[None]:
         yield
 
 
-def open_work(place: Place, wanted: dict[str, Any], tool: str, restart: bool) -> bool:
+def open_work(place: Place, wanted: dict[str, Any], files: Sequence[SourceFile], tool: str, restart: bool) -> bool:
     """Make the working folder, or find it. True when it holds work of the same run, to be gone on with.
 
     PrepareError when it holds the work of other settings, and where a folder named by the user holds anything else.
+    Where nothing is finished yet, other settings begin anew.
     """
+    _remove_shared_memory(place.work)
     if restart:
         discard(place)
     mine = {"output": place.output, "tool": tool, **wanted}
@@ -107,24 +123,50 @@ def open_work(place: Place, wanted: dict[str, Any], tool: str, restart: bool) ->
     if found == mine:
         _remove_temporary(place)
         return True
-    if found is not None:
+    if found is not None and _is_begun(place):
         differing = "; ".join(
             f"{key} {found.get(key)!r}, now {mine.get(key)!r}"
             for key in sorted(found.keys() | mine.keys())
             if found.get(key) != mine.get(key)
         )
         raise PrepareError(
-            f"{place.work} holds unfinished work of other settings or another input ({differing}); give the same ones "
-            "to go on with it, or --restart to throw it away"
+            f"{place.work} holds unfinished work of other settings or another input ({differing}"
+            f"{_changes(place, files)}); give the same ones to go on with it, or --restart to throw it away"
         )
+    if found is not None:
+        discard(replace(place, output=str(found.get("output"))))
     if place.named and place.work.is_dir() and any(place.work.iterdir()):
         raise PrepareError(f"--work {place.work} holds something else; name an empty folder, or one that is not there")
     for folder in {place.work, place.beside}:
         shutil.rmtree(folder, ignore_errors=True)
     for folder in (place.units, place.records, place.staging):
         folder.mkdir(parents=True, exist_ok=True)
+    write_json(place.work / _INPUT, _states(files))
     write_json(place.work / _SETTINGS, mine)
     return False
+
+
+def _is_begun(place: Place) -> bool:
+    """Whether a unit or a shard is finished."""
+    return any(next(folder.rglob("*.json"), None) for folder in (place.units, place.records))
+
+
+def _states(files: Sequence[SourceFile]) -> dict[str, list[int]]:
+    return {file.path: [file.bytes, file.mtime_ns] for file in files}
+
+
+def _changes(place: Place, files: Sequence[SourceFile]) -> str:
+    """The first files that changed since the work began, as a part of a sentence; nothing where none did."""
+    before, now = read_json(place.work / _INPUT), _states(files)
+    if not isinstance(before, dict) or before == now:
+        return ""
+    found = [
+        f"{path} {'changed' if path in before and path in now else 'appeared' if path in now else 'vanished'}"
+        for path in sorted(before.keys() | now.keys())
+        if before.get(path) != now.get(path)
+    ]
+    more = f" and {len(found) - _SHOWN_FILES:,} more" if len(found) > _SHOWN_FILES else ""
+    return f": {', '.join(found[:_SHOWN_FILES])}{more}"
 
 
 def is_work_of(place: Place, wanted: dict[str, Any]) -> bool:
@@ -136,7 +178,7 @@ def discard(place: Place) -> None:
     """Remove the working folder, and with it what an unfinished run uploaded."""
     if read_json(place.work / _SETTINGS) is None and place.named:
         return
-    if place.remote:
+    if place.remote and not is_others(place.remote, place.work):
         records = [read_json(path) for path in sorted(place.records.rglob("*.json"))]
         names = [ShardRecord(**record).path for record in records if isinstance(record, dict)]
         names += [path.relative_to(place.staging).as_posix() for path in place.staging.rglob("*") if path.is_file()]
@@ -146,6 +188,7 @@ def discard(place: Place) -> None:
 
 
 def remove_work(place: Place) -> None:
+    release(place.work)
     shutil.rmtree(place.work, ignore_errors=True)
     shutil.rmtree(place.beside, ignore_errors=True)
 
@@ -157,3 +200,44 @@ def _remove_temporary(place: Place) -> None:
         path.unlink(missing_ok=True)
     for folder in (place.units, place.records, place.staging):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def kept_tokenizer(place: Place, tokenizer: Tokenizer) -> Path | None:
+    """Where the copy of a tokenizer's file lies; None where it has no file."""
+    return None if tokenizer.path is None else place.work / TOKENIZER_FILES[tokenizer.kind]
+
+
+def keep_tokenizer(place: Place, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Copy its file, so that nothing that is done to it matters any more. The spec of the copy."""
+    spec, copy = tokenizer.spec(), kept_tokenizer(place, tokenizer)
+    if copy is None:
+        return spec
+    shutil.copyfile(str(tokenizer.path), copy)
+    spec = {**spec, "path": str(copy)}
+    if from_spec(spec).sha256 != tokenizer.sha256:
+        raise PrepareError(f"tokenizer {tokenizer.path} has changed since the run began; run again")
+    return spec
+
+
+def note_shared_memory(work: Path) -> None:
+    """Write down what this process has in /dev/shm, for the next run to remove should all processes be killed."""
+    (work / _SHARED_MEMORY).write_text(_shared_memory().listing(), "utf-8")
+
+
+def _remove_shared_memory(work: Path) -> None:
+    note = work / _SHARED_MEMORY
+    if note.is_file():
+        _shared_memory().remove(note.read_text("utf-8"))
+        note.unlink()
+
+
+def _shared_memory() -> Any:
+    """titans_train.data.shared_memory, without its package, which takes seconds to import."""
+    found = importlib.util.find_spec("titans_train")
+    assert found is not None and found.submodule_search_locations is not None
+    path = Path(found.submodule_search_locations[0]) / "data" / "shared_memory.py"
+    spec = importlib.util.spec_from_file_location("data_prep._shared_memory", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

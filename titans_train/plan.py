@@ -137,8 +137,9 @@ class Plan:
         if data.sources is None:
             return []
         return [
-            f"from step {step}: " + ", ".join(f"{name} {weight / sum(w.values()):.2%}" for name, weight in w.items())
-            for step, w in phases_of(data)
+            f"from step {steps + 1}: "
+            + ", ".join(f"{name} {w / sum(weights.values()):.2%}" for name, w in weights.items())
+            for steps, weights in phases_of(data)
         ]
 
     def _describe_layout(self) -> list[str]:

@@ -46,10 +46,10 @@ LATER = {"web": 0.5, "code": 0.4, "books": 0.1}
 
 
 def mixed_config(folders: dict[str, Path], runs: Path, change: int | None = 9, **options: Any) -> RunConfig:
-    """Three sources, whose weights change at step `change`."""
+    """Three sources, whose weights change after `change` steps."""
     config = run_config(None, runs, **options)
     sources = {name: Source(path=str(path), weight=WEIGHTS[name]) for name, path in folders.items()}
-    later = None if change is None else {str(change): LATER}
+    later = None if change is None else {str(change + 1): LATER}
     return config.model_copy(
         update={"data": config.data.model_copy(update={"path": None, "sources": sources, "weights_from": later})}
     )

@@ -37,7 +37,7 @@ def test_weights_may_change_from_the_next_step_on_and_not_before() -> None:
     check_goes_on(found, ((0, HALF), (10, {"web": 0.1, "code": 0.9})), PRINTS, 10, "here")
     check_goes_on(found, ((0, {"web": 2.0, "code": 2.0}),), PRINTS, 10, "here")  # the same shares
     for weights in (((0, {"web": 1.0, "code": 0.5}),), ((0, HALF), (9, {"web": 1, "code": 0}))):
-        with pytest.raises(DataError, match="may change from step 10 on only"):
+        with pytest.raises(DataError, match="may change from step 11 on only"):
             check_goes_on(found, weights, PRINTS, 10, "here")
 
 

@@ -94,13 +94,13 @@ def test_sources_are_mixed_by_weight_and_the_weights_change_at_their_step(
     names = [dataset.place(number)[0].name for number in range(400)]
     for number in range(400):
         for name in sources:
-            if number <= 72:
-                assert abs(names[:number].count(name) - WEIGHTS[name] * number) < 1
-            else:
-                assert abs(names[72:number].count(name) - LATER[name] * (number - 72)) < 1
+            due = WEIGHTS[name] * min(number, 72) + LATER[name] * max(number - 72, 0)
+            assert abs(names[:number].count(name) - due) < 1
     for number in (0, 1, 71, 72, 73, 399):
         figures = dataset.figures(number)
-        assert {n: figures[f"data_{n}"]["sequences"] for n in sources} == {n: names[:number].count(n) for n in sources}
+        assert {n: figures[f"source_{n}"]["sequences"] for n in sources} == {
+            n: names[:number].count(n) for n in sources
+        }
 
 
 def test_weights_change_at_their_step_whatever_the_batch_sizes_before(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -117,15 +117,15 @@ def test_epochs_and_repeats_are_counted_per_source(sources: dict[str, Path], tmp
     assert isinstance(dataset, TokenDataset)
     first = dataset.sequences_total  # books is the source that is read first
     books = dataset.sources["books"].sequences_total
-    assert dataset.figures(first)["data_books"] | {"share": 0} == {
+    assert dataset.figures(first)["source_books"] | {"share": 0} == {
         "sequences": books, "tokens": books * 128, "share": 0, "epoch": 1.0, "repeats": 0, "padding": 0.0
     }  # fmt: skip
     assert f"books: 13 documents, 5,694 tokens, {books} sequences an epoch; the run reads {books}, 1.00 epochs" in (
         dataset.describe(first)
     )
     later = next(n for n in range(first, first + 50) if dataset.place(n)[0].name == "books") + 1
-    assert dataset.figures(later)["data_books"]["repeats"] == 1
-    assert dataset.figures(later)["data_web"]["repeats"] == 0
+    assert dataset.figures(later)["source_books"]["repeats"] == 1
+    assert dataset.figures(later)["source_web"]["repeats"] == 0
     again, place = dataset.place(later - 1)
     assert (again.name, place) == ("books", books)
 
@@ -142,14 +142,47 @@ def test_a_source_of_the_mixture_reads_what_it_reads_alone_in_its_order(
         assert len({row.numpy().tobytes() for row in epoch}) == stream.sequences_total, name
 
 
-def test_validation_mixes_with_the_first_weights(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_validation_is_every_sequence_of_every_source_once_evenly_spread(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
     dataset = open_dataset(mixed_config(sources, tmp_path, length=64), "validation")
-    assert isinstance(dataset, TokenDataset) and dataset.weights == ((0, WEIGHTS),)
-    names = [dataset.place(number)[0].name for number in range(dataset.sequences_total)]
-    assert all(abs(names.count(n) - WEIGHTS[n] * len(names)) < 1 for n in sources)
+    assert isinstance(dataset, TokenDataset)
+    sizes = {name: stream.sequences_total for name, stream in dataset.sources.items()}
+    total = sum(sizes.values())
+    assert dataset.sequences_total == total and set(sizes) == set(sources)
+    places = [(dataset.place(number)[0].name, dataset.place(number)[1]) for number in range(total)]
+    assert sorted(places) == [(name, n) for name in sorted(sizes) for n in range(sizes[name])]
+    for number in range(total):
+        for name, size in sizes.items():
+            count = sum(found == name for found, _ in places[:number])
+            assert abs(count - size * number / total) <= 1
     assert dataset.bytes_per_token == pytest.approx(
-        sum(WEIGHTS[n] * dataset.sources[n].bytes_per_token for n in sources)
+        sum(size / total * dataset.sources[name].bytes_per_token for name, size in sizes.items())
     )
+
+
+def test_a_source_without_a_whole_validation_sequence_is_left_out(sources: dict[str, Path], tmp_path: Path) -> None:
+    dataset = open_dataset(mixed_config(sources, tmp_path, length=2048), "validation")
+    assert isinstance(dataset, TokenDataset) and set(dataset.sources) == {"web", "code"}
+    with pytest.raises(DataError, match="fill no sequence of 99999"):
+        open_dataset(mixed_config(sources, tmp_path, length=99999), "validation")
+
+
+def test_the_order_of_the_sources_in_a_config_does_not_count(sources: dict[str, Path], tmp_path: Path) -> None:
+    one, other = (
+        open_dataset(mixed_config(folders, tmp_path)) for folders in (sources, dict(reversed(sources.items())))
+    )
+    assert isinstance(one, TokenDataset) and isinstance(other, TokenDataset)
+    assert [one.place(n)[0].name for n in range(200)] == [other.place(n)[0].name for n in range(200)]
+    assert all(torch.equal(one.sequence(n).tokens, other.sequence(n).tokens) for n in range(30))
+
+
+def test_a_source_that_is_never_read_need_not_suffice(sources: dict[str, Path], tmp_path: Path) -> None:
+    config = mixed_config(sources, tmp_path, change=None, length=3000)
+    books = config.data.sources["books"].model_copy(update={"weight": 0.0, "path": "/nowhere"})  # type: ignore[index]
+    found = config.data.model_copy(update={"sources": {**config.data.sources, "books": books}})  # type: ignore[dict-item]
+    dataset = open_dataset(config.model_copy(update={"data": found}))
+    assert isinstance(dataset, TokenDataset) and set(dataset.sources) == {"web", "code"}
 
 
 def test_sources_of_different_tokenizers_are_refused(sources: dict[str, Path], tmp_path: Path) -> None:

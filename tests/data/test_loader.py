@@ -1,7 +1,11 @@
 """The same tokens in the same order on every layout, proven on the tensors a rank receives."""
 
 import hashlib
+import multiprocessing
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,7 +65,7 @@ def mixed(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     dataset = open_dataset(config, "train", 64)
     assert isinstance(dataset, TokenDataset)
     read = dataset.figures(60 * 8)
-    assert read["data_books"]["repeats"] >= 1 and len(set(found)) == 60  # an epoch ends on the way
+    assert read["source_books"]["repeats"] >= 1 and len(set(found)) == 60  # an epoch ends on the way
     return found
 
 
@@ -136,6 +140,45 @@ def test_workers_that_open_the_same_shards_at_once_do_not_disturb_each_other(
         shutil.rmtree(tmp_path / "test" / "cache", ignore_errors=True)
         assert global_batches(config, 1) == reference["concatenate"], attempt
     assert not list(tmp_path.glob("test/cache/*/train/text/*.zstd"))
+
+
+def in_a_process(function: str, *args: object) -> list[str]:
+    """The lines that a function of tests.data.workers prints; its process must end in time."""
+    code = f"from tests.data import workers; workers.{function}(*{tuple(map(str, args))})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_stopped_reader_with_queued_batches_ends_the_run_in_time(prepared: Path, tmp_path: Path) -> None:
+    message, seconds = in_a_process("meet_a_stopped_reader", prepared, tmp_path, "go on")
+    assert message.startswith("no batch for data.timeout_seconds 2 (reader process ") and "it is stopped" in message
+    assert float(seconds) < 6
+
+
+def test_a_run_ends_while_a_reader_is_stopped(prepared: Path, tmp_path: Path) -> None:
+    (seconds,) = in_a_process("meet_a_stopped_reader", prepared, tmp_path, "end")
+    assert float(seconds) < 12
+
+
+def test_a_killed_reader_is_named(prepared: Path, tmp_path: Path) -> None:
+    config = run_config(prepared, tmp_path, workers=2, steps=500)
+    before = multiprocessing.active_children()
+    reading = loader(open_dataset(config), make_plan(config, world_size=1))
+    next(reading)
+    killed, other = (process for process in multiprocessing.active_children() if process not in before)
+    killed.kill()
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"a reader process ended \(.*\); was it killed, perhaps for memory\?"):
+        list(reading)
+    assert time.monotonic() - began < 30
+    other.join(5)
+    assert not other.is_alive()
+
+
+def test_readers_that_cannot_start_are_an_error(prepared: Path, tmp_path: Path) -> None:
+    (message,) = in_a_process("fail_to_start_readers", prepared, tmp_path)
+    assert "data.workers 2 reader processes cannot start (" in message and "set data.workers to 0" in message
 
 
 def test_a_batch_that_does_not_divide_is_refused(prepared: Path, tmp_path: Path) -> None:

@@ -57,7 +57,10 @@ def test_a_raw_folder_and_several_sources_are_right(
     prepared_raw: Path, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     assert problems(prepared_raw) == []
-    assert problems(merged(sources, tmp_path / "merged")) == []
+    folder = merged(sources, tmp_path / "merged")
+    for file in read_manifest(folder).others:
+        shutil.copyfile(list(sources.values())[-1] / file.name, folder / file.name)
+    assert problems(folder) == []
 
 
 def test_everything_that_is_wrong_is_reported_at_once(prepared: Path, tmp_path: Path) -> None:
@@ -93,6 +96,48 @@ def test_any_flipped_bit_is_found(
     for _, path in enumerate(sorted((folder / "train" / "text").iterdir())):
         flip(path, place, 3)
     assert len(problems(folder)) == len(list((folder / "train" / "text").iterdir()))
+
+
+def test_a_flipped_bit_of_every_single_file_is_found_and_the_file_named(prepared: Path, tmp_path: Path) -> None:
+    folder = copy_of(prepared, tmp_path)
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    assert {name for name, _ in read_manifest(folder).files()} == {*names} - {"manifest.json"}
+    assert {"report.md", "report.png", "rejected.jsonl"} < {*names}
+    for name in names:
+        content = (folder / name).read_bytes()
+        if not content:  # of rejected.jsonl
+            (folder / name).write_bytes(b"x")
+        else:
+            flip(folder / name, 0.5)
+        if name == "manifest.json":
+            with pytest.raises(DataError, match=r"manifest\.json"):
+                verify(str(folder), None, print)
+        else:
+            (found,) = problems(folder)
+            assert found.startswith(f"{name} "), found
+        (folder / name).write_bytes(content)
+    assert problems(folder) == []
+
+
+def test_files_and_folders_that_are_not_of_the_data_are_found(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy_of(next(iter(sources.values())), tmp_path)
+    manifest = read_manifest(folder)
+    for split in manifest.splits:
+        (folder / split / "text").rename(folder / split / "a.mds")
+    splits = {split: {"a.mds": entries["text"]} for split, entries in manifest.splits.items()}
+    write_manifest(folder, replace(manifest, splits=splits))
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "file").touch()
+    (folder / "train" / ".DS_Store").touch()
+    assert problems(folder) == []
+    (folder / "train" / "newsrc").mkdir()
+    (folder / "train" / "newsrc" / "index.json").touch()
+    (folder / "empty" / "er").mkdir(parents=True)
+    (folder / os.fsdecode(b"caf\xe9")).touch()
+    (folder / "test").symlink_to(tmp_path)
+    assert [text.partition(" is not in the manifest: remove it")[0] for text in problems(folder)] == [
+        "caf\\xe9", "empty/er", "test", "train/newsrc/index.json",
+    ]  # fmt: skip
 
 
 def rewritten(folder: Path, change: Callable[[bytearray, ShardEntry], bytes]) -> None:
@@ -177,7 +222,9 @@ def test_a_compressed_shard_with_another_content_is_found(prepared: Path, tmp_pa
     shards[1] = replace(shards[1], compressed=describe_file(path))
     write_manifest(folder, with_entry(manifest, replace(entry, shards=tuple(shards))))
     index, shard = problems(folder)
-    assert index.startswith("train/text/index.json, shard 1: (") and "the manifest says" in index
+    documents = entry.shards[1].documents
+    assert index.startswith(f"train/text/index.json, shard 1: {documents} documents, shard.00001.mds of ")
+    assert f"; the manifest says {documents} documents, shard.00001.mds of " in index and "FileEntry" not in index
     assert shard.startswith(f"{SHARD}.zstd, decompressed, has 5 bytes, xxh64") and "expected" in shard
 
 
@@ -192,15 +239,49 @@ def test_another_tokenizer_is_found(prepared: Path, tmp_path: Path) -> None:
     assert problems(folder) == ["tokenizer.json is missing"]
 
 
+def test_text_bytes_that_are_not_those_of_the_byte_tokens_are_found(prepared: Path, tmp_path: Path) -> None:
+    folder = copy_of(prepared, tmp_path)
+    manifest = read_manifest(folder)
+    entry = manifest.splits["train"]["text"]
+    write_manifest(folder, with_entry(manifest, replace(entry, text_bytes=entry.text_bytes + 1)))
+    assert problems(folder) == [
+        f"train/text: {entry.text_bytes + 1} bytes of text in the manifest, its tokens are {entry.text_bytes} bytes"
+    ]
+
+
+@pytest.mark.parametrize("name", ["bytes", "documents", "vocabulary", "name"])
+def test_a_manifest_with_a_text_for_a_number_is_refused(prepared: Path, tmp_path: Path, name: str) -> None:
+    folder = copy_of(prepared, tmp_path)
+    manifest = read_manifest(folder)
+    entry: Any = manifest.splits["train"]["text"]
+    if name == "vocabulary":
+        changed: Any = replace(manifest, tokenizer=replace(manifest.tokenizer, vocabulary="257"))  # type: ignore[arg-type]
+    elif name == "documents":
+        changed = with_entry(manifest, replace(entry, documents="12"))
+    else:
+        changed = with_entry(
+            manifest, replace(entry, index=replace(entry.index, **{name: "12" if name == "bytes" else 3}))
+        )
+    write_manifest(folder, changed)
+    with pytest.raises(DataError, match=f"{name}.* is '?[0-9]+'?, expected a |not a complete|documents, the manifest"):
+        verify(str(folder), None, print)
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_work(prepared: Path, tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "nowhere" / "x.json"):
+        with pytest.raises(DataError, match="--json .*; name a file in a folder that is there"):
+            main(["nowhere", "--json", str(place)])
+
+
 def test_a_folder_that_was_not_prepared_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot read .*manifest\.json"):
+    with pytest.raises(DataError, match=r"cannot read .*manifest\.json .*; name a folder made by python -m data_prep"):
         main([str(tmp_path)])
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(DataError, match="not a complete manifest"):
         main([str(tmp_path)])
 
 
-@pytest.mark.parametrize("limit", [None, 20_000])
+@pytest.mark.parametrize("limit", [None, 30_000])
 def test_a_remote_folder_is_verified_in_little_space(
     prepared: Path, prepared_raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
 ) -> None:
@@ -222,7 +303,12 @@ def test_a_remote_folder_is_verified_in_little_space(
         client(server).delete_object(Bucket=BUCKET, Key=f"good/{SHARD}.zstd")
         client(server).put_object(Bucket=BUCKET, Key="good/train/text/shard.00002.mds.zstd", Body=b"other")
         client(server).put_object(Bucket=BUCKET, Key="good/train/text/shard.00099.mds.zstd", Body=b"more")
-        unknown, missing, other = look("good")
+        client(server).put_object(Bucket=BUCKET, Key="good/train/new/.hidden", Body=b"more")
+        client(server).put_object(Bucket=BUCKET, Key="good/train/new/index.json", Body=b"more")
+        client(server).put_object(Bucket=BUCKET, Key="good/train/", Body=b"")
+        strange, unknown, missing, other = look("good")
+    assert strange.startswith("train/new/index.json is not in the manifest")
+    assert "data.path" not in missing
     assert unknown.startswith("train/text/shard.00099.mds.zstd is not in the manifest")
     assert missing.startswith(f"{SHARD}.zstd: cannot fetch s3://{BUCKET}/good/{SHARD}.zstd (1 try,")
     assert other == f"train/text/shard.00002.mds.zstd has 5 bytes, expected {_size(prepared, 2)}"

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+from tests.data.corpus import run_config
 from tests.data.folders import QUICK, read_all
+from titans_train.data import DataError, loader, open_dataset
 from titans_train.data.cache import Cache
 from titans_train.data.shards import ShardStore
 from titans_train.data.shared_memory import listing
+from titans_train.plan import make_plan
 
 NOBODY = 65534
 
@@ -85,3 +89,33 @@ def hold_shared_memory(root: str) -> None:
     print(*json.loads(listing())["semaphores"], flush=True)
     time.sleep(600)
     del held
+
+
+def meet_a_stopped_reader(prepared: str, runs: str, ending: str) -> None:
+    """Read with two reader processes, one of which is stopped while its batches are queued; then go on, or end."""
+    config = run_config(Path(prepared), Path(runs), workers=2)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"timeout_seconds": 2})})
+    reading = loader(open_dataset(config), make_plan(config, 1))
+    next(reading)
+    time.sleep(2)
+    stopped = multiprocessing.active_children()[0].pid
+    assert stopped is not None
+    os.kill(stopped, signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        if ending == "go on":
+            list(reading)
+        reading.close()  # type: ignore[attr-defined]
+    except DataError as error:
+        print(str(error).replace(f"{stopped} is stopped", "it is stopped"))
+    print(f"{time.monotonic() - began:.1f}")
+
+
+def fail_to_start_readers(prepared: str, runs: str) -> None:
+    """Where the process that readers are forked from ends at once."""
+    multiprocessing.set_executable("/bin/false")
+    config = run_config(Path(prepared), Path(runs), workers=2)
+    try:
+        next(loader(open_dataset(config), make_plan(config, 1)))
+    except DataError as error:
+        print(error)

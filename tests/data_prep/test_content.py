@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep.__main__ import main
@@ -68,6 +70,56 @@ def test_each_source_gets_folders_of_its_own(tmp_path: Path) -> None:
     assert all_documents(tmp_path / "out") == {f"in.jsonl:{n}": record["text"] for n, record in enumerate(records, 1)}
 
 
+def test_documents_without_a_source_are_counted(tmp_path: Path, capsys: Capture) -> None:
+    """Here up to a limit on the text, within a unit."""
+    records = [{"text": text, **({"from": "wiki"} if number % 3 else {})} for number, text in enumerate(texts(180))]
+    path = write_lines(tmp_path / "in.jsonl", [*records])
+    limit = sum(len(record["text"]) for record in records[:90])
+    assert prepare(path, tmp_path / "out", "--source-field", "from", "--max-bytes", str(limit)) == 0
+    assert "30 documents name no source in field from\n" in capsys.readouterr().out
+    assert manifest_of(tmp_path / "out").report["without_source"] == 30
+    assert "30 documents name no source in the field `from`." in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.parquet", "in.txt"])
+def test_a_source_field_that_no_document_has_is_refused(name: str, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / name
+    records: list[dict[str, Any] | str] = [{"text": text, "origin": "wiki"} for text in texts(60)]
+    if name == "in.jsonl":
+        write_lines(path, records)
+    elif name == "in.parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    else:
+        path.write_text("|".join(texts(60)))
+    assert prepare(path, tmp_path / "out", "--source-field", "from", "--document-separator", "|") == 2
+    seen = (
+        "the input has text files only, which have no fields; "
+        if name == "in.txt"
+        else f"fields of {name}: origin, text; "
+    )
+    assert (
+        f"none of 60 documents names a source in the field 'from' (--source-field); {seen}name another field, or "
+        "leave the option out"
+    ) in capsys.readouterr().err
+
+
+def test_a_document_longer_than_a_shard_has_a_shard_of_its_own(tmp_path: Path) -> None:
+    """Also the first, also two in a row, also the last."""
+    long = {number: f"{number} " * 3000 for number in (0, 40, 41, 119)}
+    expected = [long.get(number, text) for number, text in enumerate(texts(120))]
+    path = write_lines(tmp_path / "in.jsonl", [{"text": text} for text in expected])
+    assert prepare(path, tmp_path / "out", "--compression", "none") == 0
+    assert all_documents(tmp_path / "out") == {f"in.jsonl:{n}": text for n, text in enumerate(expected, 1)}
+    shards = [shard for split in manifest_of(tmp_path / "out").splits.values() for shard in split["text"].shards]
+    assert sorted(shard.documents for shard in shards if shard.raw.bytes > 4096) == [1, 1, 1, 1]
+
+
+def test_a_first_document_beyond_the_limit_on_the_text_is_named(tmp_path: Path, capsys: Capture) -> None:
+    path = write_lines(tmp_path / "in.jsonl", [{"text": "x" * 50}, {"text": "y"}])
+    assert prepare(path, tmp_path / "out", "--max-bytes", "10") == 2
+    assert "--max-bytes 10: the first document alone is longer, 50 bytes" in capsys.readouterr().err
+
+
 def test_too_many_sources_are_refused(tmp_path: Path, capsys: Capture) -> None:
     path = write_lines(tmp_path / "in.jsonl", [{"text": f"text {n}", "url": f"http://{n}"} for n in range(1100)])
     assert prepare(path, tmp_path / "out", "--source-field", "url") == 2
@@ -112,7 +164,7 @@ def test_bad_records_are_counted_and_kept_aside(tmp_path: Path, capsys: Capture)
     path = write_lines(tmp_path / "in.jsonl", [*({"text": text} for text in texts(94)), *BAD])
     assert prepare(path, tmp_path / "out", "--max-bad-share", "0.06") == 0
     output = capsys.readouterr().out
-    assert "rejected: 2 x not text, first in.jsonl:97 (field 'text' is a int)" in output
+    assert "rejected: 2 x not text, first in.jsonl:97 (field 'text' is a number)" in output
     assert "rejected: 1 x broken JSON, first in.jsonl:95" in output
     lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert [(line["line"], line["reason"]) for line in lines] == [
@@ -133,7 +185,7 @@ def test_too_many_bad_records_end_the_run_and_a_higher_limit_goes_on(tmp_path: P
     assert prepare(path, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "5 of 99 records are bad, a share of 0.0505; at most 0.01 may be (--max-bad-share)" in error
-    assert f"Most often (2 times): not text, as in {path}:97: field 'text' is a int" in error
+    assert f"Most often (2 times): not text, as in {path}:97: field 'text' is a number" in error
     assert not (tmp_path / "out").exists()
     assert prepare(path, tmp_path / "out", "--max-bad-share", "0.06") == 0
     assert "1 of 1 units were tokenised before" in capsys.readouterr().out

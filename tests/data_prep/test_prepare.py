@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +18,12 @@ import xxhash
 from filelock import FileLock
 from tokenizers import models, pre_tokenizers
 
+from data_prep import output
 from data_prep.__main__ import main
 from data_prep.errors import PrepareError
 from data_prep.manifest import FILE_NAME
+from data_prep.prefix import Prefix
+from data_prep.prepare import _Run
 from data_prep.settings import split_of
 from data_prep.sizes import parse_size
 from data_prep.tokenizer import load_prepared_tokenizer
@@ -26,6 +32,7 @@ from tests.data_prep.runs import content, documents_of, manifest_of
 from tests.data_prep.test_tokenizer import bpe_file
 
 OPTIONS = ("--validation-share", "0.25", "--shard-size", "4kb")
+ROOT = Path(__file__).parents[2]
 UNLISTED = {FILE_NAME, "report.md", "report.png", "rejected.jsonl"}
 
 
@@ -182,6 +189,104 @@ def test_a_tokenizer_file_is_copied_and_read_back(texts: Path, tmp_path: Path) -
         for name, tokens in documents_of(tmp_path / "out", split).items():
             assert tokens[-1] == manifest.tokenizer.end_of_document == 0 and 0 not in tokens[:-1]
             assert tokenizer.decode(tokens) == (tmp_path / name).read_text()
+
+
+def test_a_tokenizer_file_replaced_during_the_run_changes_nothing(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bpe_file(tmp_path)
+    assert prepare(texts, tmp_path / "expected", "--tokenizer", str(path)) == 0
+    arrange = _Run._arrange
+
+    def replaced(run: _Run, prefix: Prefix) -> object:
+        path.write_text(path.read_text() + "\n")
+        return arrange(run, prefix)
+
+    monkeypatch.setattr(_Run, "_arrange", replaced)
+    assert prepare(texts, tmp_path / "out", "--tokenizer", str(path)) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "expected")
+
+
+def test_a_tokenizer_file_replaced_before_the_work_begins_is_refused(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = bpe_file(tmp_path)
+    begin = _Run._begin
+
+    def replaced(run: _Run, resumed: bool) -> None:
+        path.write_text(path.read_text() + "\n")
+        begin(run, resumed)
+
+    monkeypatch.setattr(_Run, "_begin", replaced)
+    assert prepare(texts, tmp_path / "out", "--tokenizer", str(path)) == 2
+    assert f"{path} has changed since the run began; run again" in capsys.readouterr().err
+    assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_output_that_is_a_link_is_written_where_it_points(texts: Path, tmp_path: Path, there: bool) -> None:
+    (tmp_path / "disk").mkdir()
+    if there:
+        (tmp_path / "disk" / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    assert prepare(texts, tmp_path / "link") == prepare(texts, tmp_path / "other") == 0
+    assert (tmp_path / "link").is_symlink() and content(tmp_path / "link") == content(tmp_path / "other")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+
+
+def test_a_mount_point_is_refused_before_the_work(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    message = f"name a folder below it, as --output {tmp_path}/out/prepared"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.path.ismount", lambda path: True)
+        assert prepare(texts, tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+
+    def busy(source: Path, target: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output.os, "replace", lambda a, b: (busy if str(b).endswith("/out") else os.rename)(a, b))
+        assert prepare(texts, tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
+
+
+def test_the_path_that_cannot_be_written_is_named(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert prepare(texts, tmp_path / "file" / "out") == 2
+    error = capsys.readouterr().err
+    assert f"data_prep: {tmp_path}/file: " in error and "what is done is kept" not in error
+    assert prepare(texts, tmp_path / ("n" * 250)) == 2
+    assert "File name too long. Choose a shorter name, and run the same command again" in capsys.readouterr().err
+    assert main(["--input", str(texts), "--output", ""]) == 2
+    assert "--output is empty; name a folder" in capsys.readouterr().err
+
+
+def test_an_output_below_the_input_is_not_read(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare(texts, tmp_path / "elsewhere") == 0
+    assert prepare(texts, texts / "out", "--work", str(texts / "work")) == 0
+    before = content(texts / "out")
+    assert {name for name, data in content(tmp_path / "elsewhere").items() if before[name] != data} == set()
+    assert prepare(texts, texts / "out") == 0
+    assert "already prepared" in capsys.readouterr().out and content(texts / "out") == before
+    assert prepare(texts, texts) == 2
+    assert "holds something else (no manifest.json)" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line(texts: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-B", "-m", "data_prep", "--input", str(texts), "--output", "out"]
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stderr is not None
+    assert any(line.endswith("data_prep.early_stop\n") for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    lines = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.wait() == 130 and lines == ["data_prep: stopped before it began\n"]
 
 
 def test_a_tokenizer_file_that_changed_since_is_refused(texts: Path, tmp_path: Path) -> None:

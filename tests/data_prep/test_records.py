@@ -16,7 +16,7 @@ BAD_LINES = {
     "not text": (b'{"text": null}', "field 'text' is null"),
     "invalid UTF-8": (b'{"text": "\xe9"}', "byte 0xe9 at offset 10"),
     "empty": (b'{"text": " \\n"}', "nothing but white space"),
-    "too long": (b'{"text": "' + b"x" * 101 + b'"}', "101 bytes, at most 100 are allowed"),
+    "too long": (b'{"text": "' + b"x" * 101 + b'"}', "101 bytes, at most 100 are allowed (--max-document-size)"),
     "half a surrogate pair": (b'{"text": "a\\ud800"}', "character 0xd800 at 1"),
 }
 
@@ -55,10 +55,28 @@ def test_a_key_with_a_dot_goes_before_a_nested_one(tmp_path: Path) -> None:
     assert texts(read(tmp_path, settings=ReadSettings(text_field="a.b"))) == [(1, "flat")] * 2
 
 
-@pytest.mark.parametrize("source", [3, None, "", ["a"], True])
+@pytest.mark.parametrize("source", [None, "", ["a"], True, float("nan")])
 def test_a_source_that_is_no_text_counts_as_none(tmp_path: Path, source: object) -> None:
     (tmp_path / "a.jsonl").write_bytes(line("x", site=source))
     assert read(tmp_path, settings=ReadSettings(source_field="site")) == [Document(1, 0, "x", None)]
+
+
+@pytest.mark.parametrize(("source", "text"), [(7, "7"), (0, "0"), (-1.5, "-1.5"), ("7", "7")])
+def test_a_source_that_is_a_number_is_its_text(tmp_path: Path, source: object, text: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(line("x", site=source))
+    pq.write_table(pa.table({"text": ["x"], "site": [source]}), tmp_path / "b.parquet")
+    settings = ReadSettings(source_field="site")
+    assert read(tmp_path, settings=settings) == [Document(1, number, "x", text) for number in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(1, "a number"), (1.5, "a number"), (True, "true or false"), ([], "a list"), ({}, "an object"), (None, "null")],
+)
+def test_a_text_that_is_none_is_told_in_words(tmp_path: Path, value: object, words: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": value}))
+    (rejected,) = read(tmp_path)
+    assert isinstance(rejected, Rejected) and rejected.detail == f"field 'text' is {words}"
 
 
 def test_half_a_surrogate_pair_in_a_source_becomes_a_question_mark(tmp_path: Path) -> None:
@@ -71,3 +89,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
         ReadSettings(separator="")
     with pytest.raises(PrepareError, match="at most 0 bytes per document: must be 1 or more"):
         ReadSettings(max_document_bytes=0)
+    with pytest.raises(PrepareError, match=r"the separator '\\udcff' is not valid UTF-8; give a text that is"):
+        ReadSettings(separator="\udcff")
+    with pytest.raises(PrepareError, match=r"the field 'a\.\\udcff' is not valid UTF-8"):
+        ReadSettings(source_field="a.\udcff")

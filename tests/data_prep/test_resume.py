@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import space
+from data_prep.errors import PrepareError
 from tests.data_prep.runs import OPTIONS, content, prepare, start, wait_for, wait_until_gone, write_corpus
 
 Capture = pytest.CaptureFixture[str]
@@ -131,14 +134,19 @@ def test_damaged_intermediates_are_made_anew(texts: Path, whole: dict[str, bytes
     assert content(tmp_path / "out") == whole
 
 
-def test_lost_shards_are_made_anew(texts: Path, whole: dict[str, bytes], tmp_path: Path, capsys: Capture) -> None:
+def test_lost_and_damaged_shards_are_made_anew(
+    texts: Path, whole: dict[str, bytes], tmp_path: Path, capsys: Capture
+) -> None:
     work = stopped(texts, tmp_path / "out", lambda work: shards(work) >= 9)
-    first, second = sorted((work / "output").rglob("*.zstd"))[:2]
+    first, second, third = sorted((work / "output").rglob("*.zstd"))[:3]
     first.unlink()
     second.write_bytes(second.read_bytes()[:-1])
+    data = bytearray(third.read_bytes())
+    data[len(data) // 2] ^= 1
+    third.write_bytes(data)
     count = shards(work)
     assert prepare(texts, tmp_path / "out") == 0
-    assert f"\n{count - 2} of " in capsys.readouterr().out
+    assert f"\n{count - 3} of " in capsys.readouterr().out
     assert content(tmp_path / "out") == whole
 
 
@@ -152,6 +160,51 @@ def test_work_of_other_settings_is_refused_and_can_be_thrown_away(texts: Path, t
     assert "tokenised before" not in capsys.readouterr().out
     assert prepare(texts, tmp_path / "other", "--seed", "1") == 0
     assert content(tmp_path / "out") == content(tmp_path / "other")
+
+
+def test_files_that_changed_since_the_work_began_are_named(tmp_path: Path, capsys: Capture) -> None:
+    corpus = write_corpus(tmp_path / "texts", megabytes=0.3)
+    assert prepare(corpus, tmp_path / "out", "--max-bad-share", "0") == 2
+    (corpus / "a.jsonl").write_text('{"text": "other"}\n')
+    (corpus / "b.jsonl").unlink()
+    for name in "cde":
+        (corpus / f"{name}.jsonl").write_text('{"text": "new"}\n')
+    capsys.readouterr()
+    assert prepare(corpus, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    changes = f"{corpus}/a.jsonl changed, {corpus}/b.jsonl vanished, {corpus}/c.jsonl appeared and 2 more"
+    assert f": {changes}); give the same ones to go on with it" in error
+
+
+def test_other_settings_begin_anew_where_nothing_is_finished(
+    texts: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(needs: object) -> None:
+        raise PrepareError("no room")
+
+    work = tmp_path / "work"
+    with monkeypatch.context() as patch:
+        patch.setattr(space, "check_free_space", refuse)
+        assert prepare(texts, tmp_path / "first", "--work", str(work), "--seed", "1") == 2
+    assert work.is_dir() and units(work) == 0
+    assert prepare(texts, tmp_path / "out", "--work", str(work)) == 0
+    assert content(tmp_path / "out") == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_killed_processes_left_in_shared_memory_is_removed(texts: Path, tmp_path: Path) -> None:
+    """Also the resource tracker is killed, which would have removed it."""
+    work = tmp_path / ".out.partial"
+    process = start(texts, tmp_path / "out", "--workers", "2")
+    wait_for(lambda: units(work) >= 1, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    wait_until_gone(process.pid)
+    noted = json.loads((work / "shared_memory.json").read_text())["semaphores"]
+    left = [path for path in (Path("/dev/shm") / name for name in noted) if path.exists()]
+    assert len(left) >= 3
+    assert prepare(texts, tmp_path / "out") == 0
+    assert not any(path.exists() for path in left)
 
 
 def test_the_working_folder_may_lie_elsewhere(texts: Path, whole: dict[str, bytes], tmp_path: Path) -> None:

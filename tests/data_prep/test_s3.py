@@ -57,3 +57,13 @@ def test_a_public_bucket_is_read_unsigned(server: str, tmp_path: Path, monkeypat
 def test_importing_makes_no_client() -> None:
     code = "import sys, data_prep.readers, data_prep.s3 as s3; sys.exit(s3._client.cache_info().currsize)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_profile_that_is_not_there_is_told(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment({"AWS_PROFILE": "nope", "AWS_ENDPOINT_URL": server}, monkeypatch)
+    monkeypatch.delenv("AWS_REGION", raising=False)
+    for action in (storage.list_files, storage.read_bytes, storage.delete):
+        with pytest.raises(
+            StorageError, match=r"s3://bucket/a: there is no such AWS profile; set AWS_PROFILE.*\(nope\)"
+        ):
+            action("s3://bucket/a")

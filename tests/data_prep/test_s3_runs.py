@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from data_prep import space
+from data_prep.claim import NAME as CLAIM
+from data_prep.claim import take
 from data_prep.manifest import FILE_NAME, Manifest
 from tests.data_prep.runs import content, prepare, start, wait_for, wait_until_gone, write_corpus
 from tests.s3 import BUCKET, client, environment, s3_server, set_environment, upload
@@ -57,7 +61,7 @@ def test_an_upload_that_was_killed_goes_on_and_is_what_a_local_run_writes(
     wait_until_gone(process.pid)
     uploaded = objects(address, "killed/out")
     assert 5 <= len(uploaded) < len(whole) and FILE_NAME not in uploaded
-    lost = sorted(uploaded)[0]
+    lost = next(name for name in sorted(uploaded) if name != CLAIM)
     client(address).delete_object(Bucket=BUCKET, Key=f"killed/out/{lost}")
     assert prepare(texts, url, "--work", str(work)) == 0
     assert " shards were written before" in capsys.readouterr().out
@@ -107,6 +111,61 @@ def test_restart_removes_what_was_uploaded(texts: Path, address: str, tmp_path: 
     assert uploaded.keys() == listed | {FILE_NAME, "report.md", "report.png", "rejected.jsonl"}
 
 
+def test_an_output_belongs_to_one_run_at_a_time(
+    texts: Path, whole: dict[str, bytes], address: str, tmp_path: Path, capsys: Capture
+) -> None:
+    """The second run ends before it reads anything; the first one goes on, also after a kill."""
+    url, work = f"s3://{BUCKET}/claimed", tmp_path / "work"
+    process = start(texts, url, "--work", str(work), "--workers", "2")
+    wait_for(lambda: CLAIM in objects(address, "claimed"), process)
+    for more in ((), ("--restart",)):
+        assert prepare(texts, url, "--work", str(tmp_path / "other"), *more) == 2
+        error = capsys.readouterr().err
+        assert f"another run is preparing {url}, on host " in error and f" in {work}; wait for it" in error
+        assert error.endswith(f"If it is gone for good, remove {url}/{CLAIM} and run again\n")
+        assert not (tmp_path / "other").exists()
+    wait_for(lambda: len(list((work / "shards").rglob("*.json"))) >= 2, process)
+    process.kill()
+    process.communicate()
+    wait_until_gone(process.pid)
+    assert prepare(texts, url, "--work", str(tmp_path / "other")) == 2
+    assert prepare(texts, url, "--work", str(work)) == 0
+    assert objects(address, "claimed") == whole
+
+
+def test_a_run_whose_claim_another_took_writes_nothing_more(
+    texts: Path, address: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, work = f"s3://{BUCKET}/taken", tmp_path / "work"
+    (tmp_path / "other").mkdir()
+
+    def steal(needs: object) -> None:
+        client(address).delete_object(Bucket=BUCKET, Key=f"taken/{CLAIM}")
+        take(url, tmp_path / "other", restart=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(space, "check_free_space", steal)
+        assert prepare(texts, url, "--work", str(work)) == 2
+    assert f"another run is preparing {url}" in capsys.readouterr().err
+    assert objects(address, "taken").keys() == {CLAIM}
+    client(address).put_object(Bucket=BUCKET, Key="taken/train/wiki/shard.00000.mds.zstd", Body=b"theirs")
+    assert prepare(texts, url, "--work", str(work), "--restart") == 2
+    assert len(objects(address, "taken")) == 2
+
+
+def test_a_restart_takes_over_what_the_same_folder_had_claimed(
+    texts: Path, whole: dict[str, bytes], address: str, tmp_path: Path
+) -> None:
+    """Though the working folder is gone."""
+    url, work = f"s3://{BUCKET}/forgotten", tmp_path / "work"
+    work.mkdir()
+    take(url, work, restart=False)
+    shutil.rmtree(work)
+    assert prepare(texts, url, "--work", str(work)) == 2
+    assert prepare(texts, url, "--work", str(work), "--restart") == 0
+    assert objects(address, "forgotten") == whole
+
+
 def test_input_from_s3_gives_the_shards_of_local_files(
     texts: Path, whole: dict[str, bytes], address: str, tmp_path: Path
 ) -> None:
@@ -123,4 +182,6 @@ def test_a_bucket_that_is_not_there_is_named(texts: Path, tmp_path: Path, capsys
     assert prepare("s3://nowhere/texts", tmp_path / "out") == 2
     assert "s3://nowhere/texts" in capsys.readouterr().err
     assert prepare(texts, "s3://nowhere/out", "--work", str(tmp_path / "work")) == 2
-    assert "s3://nowhere/out" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "s3://nowhere/out" in captured.err and "no such bucket" in captured.err
+    assert "working in" not in captured.out and not (tmp_path / "work").exists()

@@ -87,6 +87,22 @@ def test_a_file_named_twice_counts_once(folder: Path, tmp_path: Path) -> None:
     assert names(folder, folder / "b.txt", f"{folder}/*", tmp_path / "link") == ALL
 
 
+def test_the_order_of_the_inputs_does_not_matter(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "b").symlink_to(folder / "a")
+    inputs = [str(path) for path in (folder, folder / "a", folder / "a" / "c.py", tmp_path / "b")]
+    found = find_files(inputs)
+    assert found == find_files(inputs[::-1]) == find_files([*inputs[2:], *inputs[:2]])
+    # The shortest folder in which a file is found gives it its name.
+    assert [file.name for file in found[0]] == ["b/c.py", "b/d/e.jsonl.zst", "b/z.md", "top/b.txt"]
+
+
+def test_what_is_written_is_not_read(folder: Path) -> None:
+    files, left_out, _ = find_files([str(folder)], without=[f"{folder}/a", f"{folder}/b"])
+    assert [file.name for file in files] == ["top/b.txt"]
+    assert left_out == {"of the output": 3, "unknown kind of file": 1}
+    assert names(folder / "a") == [file.name for file in find_files([f"{folder}/a"], without=[str(folder)])[0]]
+
+
 def test_files_of_one_name_from_two_inputs_both_count(tmp_path: Path) -> None:
     for name in ("x/same/a.txt", "y/same/a.txt"):
         (tmp_path / name).parent.mkdir(parents=True)
@@ -113,6 +129,7 @@ def test_inputs_that_cannot_be_meant_are_refused(folder: Path, tmp_path: Path) -
         f"@{tmp_path}/missing.list": "top/nowhere.txt: no such file",
         f"{tmp_path}/empty": r"no \.md .* file in .*empty; name a folder that holds text",
         "gs://bucket/x": "not a known address",
+        "": "--input is empty; name a file or a folder, as . for this one",
     }
     for text, message in refused.items():
         with pytest.raises(PrepareError, match=message):

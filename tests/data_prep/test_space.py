@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.__main__ import main
 from data_prep.errors import PrepareError
 from data_prep.sources import SourceFile
 from data_prep.space import check_free_space, shard_bytes, text_bytes, token_bytes
 from data_prep.tokenizer import load_prepared_tokenizer
-from tests.data_prep.runs import content, prepare
+from tests.data_prep.runs import content
 
 
 def test_a_disk_without_room_is_refused_before_writing(tmp_path: Path) -> None:
@@ -30,7 +31,8 @@ def test_the_estimate_is_enough_even_for_noise(tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in (tmp_path / "noise").iterdir())
     for compression in ("zstd", "none"):
         output = tmp_path / compression
-        assert prepare(tmp_path / "noise", output, "--shard-size", "16mb", "--compression", compression) == 0
+        options = ("--output", str(output), "--validation-share", "0.25", "--compression", compression)
+        assert main(["--input", str(tmp_path / "noise"), *options]) == 0
         shards = {name: data for name, data in content(output).items() if not name.startswith("report")}
         written = sum(len(data) for data in shards.values())
         estimate = shard_bytes(token_bytes(size, load_prepared_tokenizer(output)), compression)

@@ -105,3 +105,25 @@ def test_a_bucket_that_is_not_there_is_told(server: str, monkeypatch: pytest.Mon
     for action in (storage.list_files, storage.read_bytes, write_data):
         with pytest.raises(StorageError, match="s3://other/a.txt: no such bucket; check its name and AWS_ENDPOINT_URL"):
             action("s3://other/a.txt")
+
+
+def test_a_path_that_is_not_utf_8_is_listed_read_and_told(tmp_path: Path) -> None:
+    path = os.path.join(tmp_path, os.fsdecode(b"caf\xe9.txt"))
+    Path(path).write_text("text")
+    assert storage.exists(path) and [info.path for info in storage.list_files(str(tmp_path))] == [path]
+    assert storage.list_files(path)[0].path == path and storage.read_bytes(path) == b"text"
+    storage.delete(path)
+    with pytest.raises(StorageError, match=r"/caf\\xe9\.txt: no such file or folder"):
+        storage.read_bytes(path)
+    assert storage.printable(path) == f"{tmp_path}/caf\\xe9.txt" and storage.printable("ä/漢.txt") == "ä/漢.txt"
+
+
+def test_what_changes_with_a_file_is_told(root: str) -> None:
+    write_data(f"{root}/a.txt")
+    (info,) = storage.list_files(root)
+    with storage.open_input(info.path) as file:
+        assert file.state == file.state_now()
+        assert (file.state.bytes, file.state.mtime_ns // 10**9) == (4, info.mtime_ns // 10**9)
+        time.sleep(0.02)
+        storage.write_bytes(info.path, b"atad")
+        assert file.state != file.state_now()

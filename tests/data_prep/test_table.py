@@ -1,9 +1,12 @@
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
-from data_prep.readers import ReadSettings, Rejected
+from data_prep.readers import Document, ReadSettings, Rejected, read_unit
+from data_prep.sources import find_files, make_units
 from tests.data_prep.test_readers import read, texts
 
 
@@ -31,6 +34,36 @@ def test_a_row_that_is_no_document_is_rejected_and_reading_goes_on(tmp_path: Pat
     (rejected,) = read(tmp_path / "other.parquet")
     assert isinstance(rejected, Rejected) and rejected.reason == "missing field"
     assert rejected.detail == "no column 'text'; columns: body"
+
+
+@pytest.mark.parametrize("field", ["text", "meta.text"])
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary()])
+def test_a_long_text_that_many_rows_share_is_in_memory_once(tmp_path: Path, field: str, kind: pa.DataType) -> None:
+    text = "0123456789" * 50_000
+    shared = pa.DictionaryArray.from_arrays(pa.array([*[0] * 500, 1, None], pa.int32()), pa.array([text, "b"], kind))
+    column = shared if field == "text" else pa.StructArray.from_arrays([shared], ["text"])
+    pq.write_table(pa.table({field.partition(".")[0]: column}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 20
+    (unit,) = make_units(find_files([str(tmp_path)])[0])
+    start = pa.total_allocated_bytes()
+    peak, found = 0, []
+    tracemalloc.start()
+    for record in read_unit(unit, ReadSettings(text_field=field)):
+        peak = max(peak, pa.total_allocated_bytes() - start)
+        found.append(len(record.text) if isinstance(record, Document) else record.reason)
+    python = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == [*[len(text)] * 500, 1, "not text"]
+    assert peak < 16 << 20 and python < 16 << 20
+
+
+def test_columns_that_leave_their_dictionary_are_read_whole(tmp_path: Path) -> None:
+    values = [f"{n:06} " + "x" * 1000 for n in range(3000)] + [None, "again"] * 3
+    nested = [[value] for value in values]
+    pq.write_table(pa.table({"text": values, "list": nested}), tmp_path / "a.parquet", row_group_size=2000)
+    found = read(tmp_path)
+    assert [r.text if isinstance(r, Document) else None for r in found] == values
+    assert {text for _, text in texts(read(tmp_path, settings=ReadSettings(text_field="list")))} == {"not text"}
 
 
 def test_a_damaged_row_group_costs_only_its_own_rows(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from data_prep import train_tokenizer
 from data_prep.errors import PrepareError
 from data_prep.readers import ReadSettings
 from data_prep.sources import find_files, make_units
@@ -29,7 +31,8 @@ def test_a_trained_tokenizer_is_loaded_and_gives_texts_back(corpus: Path, capsys
     arguments = ["--input", str(corpus), "--output", str(output), "--vocabulary", "300", "--text-field", "body"]
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert "300 tokens from 200 documents" in said and "rejected: 1 x broken JSON" in said
+    assert "300 tokens from 200 documents" in said
+    assert f"rejected: 1 x broken JSON, first {corpus}/a.jsonl:201 (Expecting property name" in said
     tokenizer = load_tokenizer(str(output))
     assert (tokenizer.vocabulary, tokenizer.end_of_document) == (300, 0)
     text = "the memory, größer\r\n\x00 <|endoftext|>  end"
@@ -61,7 +64,12 @@ def test_what_cannot_be_trained_is_refused_and_nothing_is_written(
     output = ["--output", str(tmp_path / "tokenizer.json")]
     refused = {
         "must be at least 257": ["--input", str(corpus), "--vocabulary", "256"],
-        "no text to learn from (rejected: {'missing field': 200, 'broken JSON': 1})": ["--input", str(corpus)],
+        f"200 x missing field, first {corpus}/a.jsonl:1 (field 'text' is missing; fields: body)": [
+            "--input",
+            str(corpus),
+        ],
+        "200 x too long, first": ["--input", str(corpus), "--text-field", "body", "--max-document-size", "9"],
+        "the separator '\\udcff' is not valid UTF-8": ["--input", str(corpus), "--document-separator", "\udcff"],
         "no such file or folder": ["--input", str(tmp_path / "nowhere")],
     }
     for message, arguments in refused.items():
@@ -69,6 +77,28 @@ def test_what_cannot_be_trained_is_refused_and_nothing_is_written(
         assert message in capsys.readouterr().err
     assert main(["--input", str(corpus), "--output", "s3://bucket/tokenizer.json"]) == 2
     assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["--input", "nowhere", "--output", str(tmp_path / "file" / "x.json")]) == 2
+    assert f"nothing can be written in {tmp_path / 'file'}; name another folder" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root
+    assert main(["--input", "nowhere", "--output", str(tmp_path / "new" / "x.json")]) == 2
+    assert f"nothing can be written in {tmp_path}; name another folder" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_it_with_one_line(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_tokenizer, "read_unit", stop)
+    assert main(["--input", str(corpus), "--output", str(tmp_path / "x.json")]) == 130
+    assert capsys.readouterr().err == "train_tokenizer: stopped, nothing is written; run the same command again\n"
 
 
 def test_max_bytes_bounds_the_text(corpus: Path) -> None:

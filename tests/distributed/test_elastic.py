@@ -181,12 +181,15 @@ def test_another_batch_size_after_a_resume_reads_every_sequence_once(
     assert read == [row for rows in expected.values() for row in rows][: 6 * 4 + 7 * 6]
     # The run goes on: weights may be changed for steps to come, and for no other.
     later = config.data.model_copy(update={"weights_from": {"9": LATER}})
+    record = tmp_path / "runs" / "test"
+    kept = {path.name: path.read_bytes() for path in record.iterdir() if path.is_file()}
     refused = write(changed.model_copy(update={"data": later}), tmp_path / "refused.yaml")
     done = subprocess.run(
         [sys.executable, "-m", "titans_train", "train", str(refused), "training.global_batch_size=6"],
         cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment(),
     )  # fmt: skip
-    assert done.returncode == 2 and "weights may change from step 13 on only" in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 2 and "weights may change from step 14 on only" in done.stderr, done.stderr[-2000:]
+    assert {path.name: path.read_bytes() for path in record.iterdir() if path.is_file()} == kept
 
 
 def test_a_shard_damaged_on_the_way_ends_all_ranks_with_one_message_that_names_it(

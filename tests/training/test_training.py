@@ -15,6 +15,7 @@ from tests.data.corpus import prepare_folder
 from tests.torchrun import ROOT, torchrun
 from tests.training.worker import STEPS, plan_of
 from titans_train.errors import UserError
+from titans_train.monitoring.metrics import read_metrics
 from titans_train.training import run_folder
 from titans_train.training.checkpoint import FILES, _write, check_disk, find_latest, load_model
 
@@ -40,7 +41,7 @@ def last(run: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def lines(run: Path, key: str = "loss") -> list[tuple[int, float]]:
-    return [(line["step"], line[key]) for line in run_folder.read_metrics(run / "metrics.jsonl") if key in line]
+    return [(line["step"], line[key]) for line in read_metrics(run / "metrics.jsonl") if key in line]
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -64,7 +65,7 @@ def test_a_run_is_the_same_on_every_layout_and_moves_between_them(runs: Path, ru
     for key in ("loss", "grad_norm", "validation_loss"):
         for (step, a), (other, b) in zip(lines(runs / run, key), lines(runs / "whole-1", key), strict=True):
             assert step == other and a == pytest.approx(b, abs=1e-4 if key == "grad_norm" else 1e-5), (key, step)
-    ours, theirs = (run_folder.read_metrics(runs / name / "metrics.jsonl")[0]["layer_1"] for name in (run, "whole-1"))
+    ours, theirs = (read_metrics(runs / name / "metrics.jsonl")[0]["layer_1"] for name in (run, "whole-1"))
     assert ours == pytest.approx(theirs, rel=1e-4)  # means over all heads and sequences, wherever they are
     for name, tensor in last(runs / "whole-1")["model.safetensors"].items():
         assert (last(runs / run)["model.safetensors"][name] - tensor).abs().max() < 1e-4, name
@@ -107,7 +108,7 @@ def test_the_run_folder_holds_what_it_promises(runs: Path) -> None:
     assert summary["validation_loss"] > 0 and summary["validation_bits_per_byte"] > 0
     assert summary["tokens_per_second"] > 0 and summary["peak_memory_bytes"] > 0
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    line = run_folder.read_metrics(run / "metrics.jsonl")[0]
+    line = read_metrics(run / "metrics.jsonl")[0]
     assert {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "mfu"} <= line.keys()
     assert set(line["layer_0"]) == {"surprise", "alpha", "eta", "theta", "weight_norm", "momentum_norm"}
     kept = sorted(p.name for p in (run / "checkpoints").iterdir())

@@ -219,30 +219,39 @@ def sources(config: RunConfig) -> Iterator[Problem]:
     yield from _shares("data.sources", {name: source.weight for name, source in found.items()})
     for step, weights in (later or {}).items():
         path = f"data.weights_from.{step}"
-        if not re.fullmatch(r"[1-9][0-9]{0,15}", step):
-            yield Problem(path, f"{show(step)} is not a step above 0", "write '20000: {name: weight, …}'")
+        if not isinstance(weights, dict) or not all(_is_number(weight) for weight in weights.values()):
+            continue  # reported already, as what it is
+        if not re.fullmatch(r"[1-9][0-9]{0,15}", step) or step == "1":
+            yield Problem(path, f"{show(step)} is not a step above 1", "write '20000: {name: weight, …}'")
         elif set(weights) != set(found):
             missing, unknown = sorted(set(found) - set(weights)), sorted(set(weights) - set(found))
             words = [f"no weight for {', '.join(missing)}"] if missing else []
             words += [f"unknown source {', '.join(unknown)}"] if unknown else []
             yield Problem(path, "; ".join(words), f"give one for each of {', '.join(found)}; 0 leaves a source out")
-        elif negative := [name for name, weight in weights.items() if weight < 0]:
-            yield Problem(f"{path}.{negative[0]}", f"{weights[negative[0]]:g} is below 0", "use 0 or more")
         else:
             yield from _shares(path, weights)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _shares(path: str, weights: dict[str, float]) -> Iterator[Problem]:
-    try:
-        period = sum(units(weights).values())
-    except ValueError as error:
-        yield Problem(path, str(error), "give at least one source a weight above 0")
+    wrong = next((name for name, weight in weights.items() if not (math.isfinite(weight) and weight >= 0)), None)
+    if wrong is not None:
+        message = f"{show(weights[wrong])} is no finite number of 0 or more"
+        yield Problem(f"{path}.{wrong}", message, "use 0 to leave a source out")
         return
+    if not any(weights.values()):
+        yield Problem(path, "no source has a weight above 0", "give at least one source a weight above 0")
+        return
+    period = sum(units(weights).values())
     if period > LONGEST_PERIOD:
         message = f"the order of the sources repeats after {period:,} sequences only, the limit is {LONGEST_PERIOD:,}"
         total = sum(weights.values())
-        rounded = ", ".join(f"{name}: {weight / total:.3f}" for name, weight in weights.items())
-        yield Problem(path, message, f"write the weights with fewer digits, such as {rounded}")
+        rounded = {name: max(round(weight / total, 3), 0.001 if weight else 0) for name, weight in weights.items()}
+        words = ", ".join(f"{name}: {weight:g}" for name, weight in rounded.items())
+        yield Problem(path, message, f"write the weights with fewer digits, such as {words}")
 
 
 def recall(config: RunConfig) -> Iterator[Problem]:

@@ -65,8 +65,8 @@ def check_goes_on(
     if theirs != ours:
         raise DataError(
             f"{where} has read its sources with the weights {_words(then)} up to step {step}, the config says "
-            f"{_words(weights)}; weights may change from step {step} on only: set the earlier ones back and give the "
-            "new ones in data.weights_from"
+            f"{_words(weights)}; weights may change from step {step + 1} on only: set the earlier ones back and give "
+            "the new ones in data.weights_from"
         )
     for name in {name for _, shares in theirs for name in shares}:
         had, has = found["fingerprints"].get(name), fingerprints.get(name)
@@ -88,4 +88,4 @@ def _until(weights: Weights, step: int) -> list[tuple[int, dict[str, int]]]:
 
 
 def _words(weights: Weights) -> str:
-    return ", ".join(f"{dict(by_source)} from step {step}" for step, by_source in weights)
+    return ", ".join(f"{dict(by_source)} from step {step + 1}" for step, by_source in weights)

@@ -21,7 +21,7 @@ from titans_train.data.sample import Sample
 from titans_train.data.shards import ShardStore
 from titans_train.data.source import SourceStream
 from titans_train.data.tokenizer import open_tokenizer, paths_of
-from titans_train.mixing import Mixture, Weights, phases_of
+from titans_train.mixing import Interleaved, Mixture, Weights, phases_of
 
 if TYPE_CHECKING:
     from titans_train.config.schema import RunConfig
@@ -30,41 +30,41 @@ ONLY = "data"  # the name of the source where data.path gives one
 
 
 class TokenDataset:
-    """The sources of a run, mixed by weight sequence by sequence.
+    """The sources of a run, mixed sequence by sequence: by weight, or for validation each sequence of each source once.
 
-    `length`: tokens of a sequence.
-    `sequences_total`: until the first source has been read once. `padding_share` and `bytes_per_token` (text bytes per
-    token, end-of-document tokens included): means with the weights of step 0. `fingerprints`: by source, of what was
-    prepared; change whenever the data does.
+    `length`: tokens of a sequence. `sequences_total`: until the first source has been read once; of a validation split,
+    all. `padding_share` and `bytes_per_token` (text bytes per token, end-of-document tokens included): means with the
+    weights of step 1. `fingerprints`: by source, of what was prepared; change whenever the data does.
     """
 
-    def __init__(self, sources: Mapping[str, SourceStream], weights: Weights, cursor: Cursor) -> None:
-        self.sources = dict(sources)
-        self.weights = weights
+    def __init__(self, sources: Mapping[str, SourceStream], weights: Weights | None, cursor: Cursor) -> None:
+        """`weights`: None for validation. The order of `sources` does not count."""
+        self.sources = dict(sorted(sources.items()))
+        self.weights = weights or ()
         self.fingerprints = {name: stream.store.fingerprint for name, stream in self.sources.items()}
-        self.mixture = self._mixture(cursor)
-        self.length = next(iter(self.sources.values())).layout.length
-        first = self.mixture.phases[0]
         streams = list(self.sources.values())
-        self.sequences_total = min(
-            _until(first.order, source, first.shares[source], stream.sequences_total)
-            for source, stream in enumerate(streams)
-            if first.shares[source]
-        )
-        shares = [share / first.period for share in first.shares]
+        self.length = streams[0].layout.length
+        self.mixture: Mixture | Interleaved
+        if weights is None:
+            self.mixture = Interleaved([stream.sequences_total for stream in streams])
+            self.sequences_total = sum(stream.sequences_total for stream in streams)
+            shares = [stream.sequences_total / self.sequences_total for stream in streams]
+        else:
+            self.mixture = Mixture(list(self.sources), _phases(weights, cursor))
+            first = self.mixture.phases[0]
+            self.sequences_total = min(
+                _until(first.order, source, share, streams[source].sequences_total)
+                for source, share in enumerate(first.shares)
+                if share
+            )
+            shares = [share / first.period for share in first.shares]
         self.padding_share = sum(w * s.padding_share for w, s in zip(shares, streams, strict=True))
         self.dropped_tokens = sum(s.dropped_tokens for s in streams)
         self.bytes_per_token: float | None = sum(w * s.bytes_per_token for w, s in zip(shares, streams, strict=True))
 
-    def _mixture(self, cursor: Cursor) -> Mixture:
-        phases: dict[int, Mapping[str, float]] = {}
-        for step, weights in self.weights:
-            phases[cursor.sequences(step)] = weights
-        return Mixture(list(self.sources), list(phases.items()))
-
     def at(self, cursor: Cursor) -> TokenDataset:
         """The same with the steps of changed weights counted by another cursor."""
-        return TokenDataset(self.sources, self.weights, cursor)
+        return TokenDataset(self.sources, self.weights or None, cursor)
 
     def place(self, number: int) -> tuple[SourceStream, int]:
         """The source of sequence `number` of the run, and its number there."""
@@ -95,7 +95,7 @@ class TokenDataset:
     def describe(self, sequences: int) -> list[str]:
         """A line for each source: what there is, and how often `sequences` of the run read it."""
         lines = []
-        for stream, count in zip(self.sources.values(), self.mixture.counts(sequences), strict=True):
+        for stream, count in zip(self.sources.values(), self._counts(sequences), strict=True):
             padding = f", {stream.padding_share:.1%} padding" if stream.layout.isolate else ""
             lines.append(
                 f"{stream.name}: {stream.store.documents:,} documents, {stream.store.tokens_total:,} tokens{padding}, "
@@ -104,6 +104,10 @@ class TokenDataset:
             )
         return lines
 
+    def _counts(self, sequences: int) -> list[int]:
+        assert isinstance(self.mixture, Mixture)
+        return self.mixture.counts(sequences)
+
     def figures(self, sequences: int) -> dict[str, dict[str, float]]:
         """For each source, of the first `sequences` of the run: how many, their positions and share, epochs, repeats.
 
@@ -111,8 +115,8 @@ class TokenDataset:
         the positions that hold no document.
         """
         found = {}
-        for (name, stream), count in zip(self.sources.items(), self.mixture.counts(sequences), strict=True):
-            found[f"data_{name}"] = {
+        for (name, stream), count in zip(self.sources.items(), self._counts(sequences), strict=True):
+            found[f"source_{name}"] = {
                 "sequences": count,
                 "tokens": count * self.length,
                 "share": count / max(sequences, 1),
@@ -121,6 +125,11 @@ class TokenDataset:
                 "padding": stream.padding_share,
             }
         return found
+
+
+def _phases(weights: Weights, cursor: Cursor) -> list[tuple[int, Mapping[str, float]]]:
+    """By first sequence; of weights that begin with the same sequence the last ones count."""
+    return list({cursor.sequences(steps): by_source for steps, by_source in weights}.items())
 
 
 def _until(order: Any, source: int, share: int, sequences: int) -> int:
@@ -135,12 +144,13 @@ def _until(order: Any, source: int, share: int, sequences: int) -> int:
     return total
 
 
-def weights_of(config: RunConfig, split: str = "train") -> Weights:
-    """The sources' weights by the step from which they are in force; a validation split keeps the first ones."""
+def weights_of(config: RunConfig) -> Weights:
+    """The weights of the sources that are read at any time."""
     if config.data.sources is None:
         return ((0, {ONLY: 1.0}),)
     phases = phases_of(config.data)
-    return phases if split == "train" else phases[:1]
+    read = {name for _, weights in phases for name, weight in weights.items() if weight}
+    return tuple((steps, {name: weights[name] for name in sorted(read)}) for steps, weights in phases)
 
 
 def open_dataset(
@@ -148,26 +158,36 @@ def open_dataset(
 ) -> TokenDataset | RecallDataset:
     """The dataset a run config names. `alignment`: the model's document alignment, ModelShape.document_alignment.
 
-    Training is shuffled where data.shuffle says so (only its documents with training.carry_state); validation is read
-    in one fixed order, and its rows do not carry. `carried` False: no rows carry. DataError: data that is missing,
-    damaged, too little, or does not fit the model or each other.
+    Training is shuffled where data.shuffle says so (only its documents with training.carry_state); validation is every
+    sequence of every source once, in one fixed order, and its rows do not carry. `carried` False: no rows carry.
+    DataError: data that is missing, damaged, too little, or does not fit the model or each other.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {SPLITS}")
     if config.data.source == "recall":
         return RecallDataset.from_config(config, split)
-    carries = split == "train" and config.training.carry_state and carried is not False
-    weights = weights_of(config, split)
-    stores = _open_stores(config, split)
-    weights = tuple((step, {n: w for n, w in by_source.items() if n in stores}) for step, by_source in weights)
-    rows = _rows(config, weights, list(stores)) if carries else None
-    layout = Layout(config.training.sequence_length, config.data.packing == "isolate", alignment)
-    shuffle = config.data.shuffle and split == "train"
+    stores, layout = _open_stores(config, split), Layout(config.training.sequence_length, _isolates(config), alignment)
+    cursor = Cursor.constant(config.training.global_batch_size)
+    if split == "validation":
+        return TokenDataset(_held_out(config, stores, layout), None, cursor)
+    weights = weights_of(config)
+    rows = _rows(config, weights, list(stores)) if config.training.carry_state and carried is not False else {}
+    shuffle = config.data.shuffle
     streams = {
-        name: SourceStream(store, layout, _seed(config, name), shuffle, rows[name] if rows else None, name)
+        name: SourceStream(store, layout, _seed(config, name), shuffle, rows.get(name), name)
         for name, store in stores.items()
     }
-    return TokenDataset(streams, weights, Cursor.constant(config.training.global_batch_size))
+    return TokenDataset(streams, weights, cursor)
+
+
+def _isolates(config: RunConfig) -> bool:
+    return config.data.packing == "isolate"
+
+
+def _held_out(config: RunConfig, stores: dict[str, ShardStore], layout: Layout) -> dict[str, SourceStream]:
+    """In one fixed order. A source without a whole sequence there is left out, unless there is no other."""
+    whole = {name: store for name, store in stores.items() if layout.count(store.lengths())[0]} or stores
+    return {name: SourceStream(store, layout, _seed(config, name), False, None, name) for name, store in whole.items()}
 
 
 def tokenizer_of_data(config: RunConfig) -> Tokenizer:
@@ -190,9 +210,8 @@ def _open_stores(config: RunConfig, split: str) -> dict[str, ShardStore]:
             raise DataError("data.path is not set; set it to a folder made by python -m data_prep")
         stores = {ONLY: ShardStore(data.path, split, cache, None, remote)}
     else:
-        stores = {n: ShardStore(s.path, split, cache, s.part, remote) for n, s in data.sources.items()}
-    if split != "train":  # a small source may have no document there
-        stores = {name: store for name, store in stores.items() if store.documents} or stores
+        read = weights_of(config)[0][1]
+        stores = {n: ShardStore(data.sources[n].path, split, cache, data.sources[n].part, remote) for n in read}
     first = next(iter(stores))
     for name, store in stores.items():
         _check_vocabulary(config, store)

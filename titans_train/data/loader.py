@@ -6,10 +6,13 @@ the global batch does not depend on ranks, workers or micro-batches, and a resum
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +22,7 @@ from torch.utils.data import Dataset as TorchDataset
 from titans_train.data.cursor import Cursor
 from titans_train.data.dataset import TokenDataset
 from titans_train.data.errors import DataError
-from titans_train.data.parent import end_with_parent
+from titans_train.data.parent import end_with_parent, state_of
 from titans_train.data.recall import RecallDataset
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from titans_train.plan import Plan
 
 _STEPS_AHEAD = 2  # per worker
+_ENDING_SECONDS = 5.0  # for reader processes to end by themselves
+_abandoned: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,23 @@ def loader(
 
 def _read(steps: _RankSteps, data: Data) -> Iterator[list[Batch]]:
     """Worker w reads steps w, w + workers, ...; torch's DataLoader puts them back in order."""
+    items = _start(steps, data)
+    readers = _Readers(items, data.timeout_seconds) if data.workers else None
+    try:
+        if readers is not None:
+            del items  # the readers' thread ends them
+            steps.dataset.readers_started()
+        for _ in range(len(steps)):
+            item = next(items) if readers is None else readers.next()
+            if isinstance(item, DataError):
+                raise item
+            yield item
+    finally:
+        if readers is not None:
+            readers.end()
+
+
+def _start(steps: _RankSteps, data: Data) -> Iterator[Any]:
     reading: DataLoader[Any] = DataLoader(
         steps,
         batch_size=None,
@@ -130,34 +152,88 @@ def _read(steps: _RankSteps, data: Data) -> Iterator[list[Batch]]:
         multiprocessing_context=_worker_context() if data.workers else None,
         prefetch_factor=_STEPS_AHEAD if data.workers else None,
         pin_memory=torch.cuda.is_available(),
-        timeout=data.timeout_seconds if data.workers else 0,
         worker_init_fn=_start_worker,
     )
-    items = iter(reading)
-    if data.workers:
-        steps.dataset.readers_started()
-    for _ in range(len(steps)):
-        item = _next(items, data)
-        if isinstance(item, DataError):
-            raise item
-        yield item
-
-
-def _next(items: Iterator[Any], data: Data) -> Any:
     try:
-        return next(items)
-    except RuntimeError as error:  # torch's words for both
-        if "timed out" in str(error):
+        return iter(reading)
+    except (OSError, EOFError) as error:
+        raise DataError(
+            f"data.workers {data.workers} reader processes cannot start ({error}); free memory or raise the limits of "
+            "processes and open files (ulimit -u, ulimit -n), or set data.workers to 0, which reads in the rank itself"
+        ) from error
+
+
+class _Readers:
+    """A DataLoader's reader processes, asked by a thread, so that whatever they do is waited for with a limit.
+
+    torch's own limit does not hold: a batch that has come must still be fetched from the process that made it, and
+    one that is stopped never answers.
+    """
+
+    def __init__(self, items: Any, limit: float) -> None:
+        """`items`: the DataLoader's iterator, which nobody else may keep. `limit`: seconds for a step."""
+        self._processes, self._limit = list(items._workers), limit
+        self._asked: SimpleQueue[bool] = SimpleQueue()  # one step ahead; False: no more
+        self._answers: SimpleQueue[Any] = SimpleQueue()
+        self._failed = False
+        # The processes end with the thread that started them, so that cannot be this one.
+        self._thread = threading.Thread(target=_answer, args=([items], self._asked, self._answers), daemon=True)
+        self._thread.start()
+        self._asked.put(True)
+        atexit.register(self.end)  # runs before Python waits for the processes, which it does without a limit
+
+    def next(self) -> Any:
+        """DataError: a reader has died, or no batch has come within the limit."""
+        try:
+            answer = self._answers.get(timeout=self._limit)
+        except Empty:
+            self._failed = True
             raise DataError(
-                f"no batch for data.timeout_seconds {data.timeout_seconds}; is the storage of the data or of the cache "
-                "hanging? If it is only slow, raise the limit or data.workers"
-            ) from error
-        if "exited unexpectedly" in str(error):
-            raise DataError(
-                f"a reader process ended ({error}); was it killed, perhaps for memory? Lower data.workers or free "
-                "memory, and start again: the run resumes from its last checkpoint"
-            ) from error
-        raise
+                f"no batch for data.timeout_seconds {self._limit} ({self._states()}); is the storage of the data or of "
+                "the cache hanging, or was a reader process stopped? If it is only slow, raise the limit or "
+                "data.workers"
+            ) from None
+        if not isinstance(answer, Exception):
+            self._asked.put(True)
+            return answer
+        self._failed = True
+        lost = isinstance(answer, ConnectionError | EOFError | FileNotFoundError)
+        if "exited unexpectedly" not in str(answer) and (not lost or str(answer).startswith("Caught ")):
+            raise answer  # "exited": torch's words for its readers; "Caught": for an error that one of them met
+        raise DataError(
+            f"a reader process ended ({answer}); was it killed, perhaps for memory? Lower data.workers or free "
+            "memory, and start again: the run resumes from its last checkpoint"
+        ) from answer
+
+    def end(self) -> None:
+        """End the processes: in peace, where all is well and it takes no longer than _ENDING_SECONDS."""
+        if not self._failed:
+            self._asked.put(False)
+            self._thread.join(_ENDING_SECONDS)
+        atexit.unregister(self.end)
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+
+    def _states(self) -> str:
+        names = {"T": "stopped", "t": "traced", "D": "waiting for a disk", "R": "running", "S": "waiting"}
+        found = [f"{process.pid} is {names.get(state_of(process.pid), 'gone')}" for process in self._processes]
+        return f"reader process {', '.join(found)}"
+
+
+def _answer(kept: list[Any], asked: SimpleQueue[bool], answers: SimpleQueue[Any]) -> None:
+    """Runs in the thread of _Readers. Ending a DataLoader can hang where its processes failed, so then it is kept."""
+    items = kept.pop()
+    while asked.get():
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except Exception as error:
+            _abandoned.append(items)
+            item = error
+        answers.put(item)
+        del item
 
 
 def _worker_context() -> BaseContext:

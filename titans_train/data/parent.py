@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however it ends."""
+"""Processes that end with the one that started them, however it ends; and what a process is doing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -20,3 +21,11 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)
+
+
+def state_of(pid: int | None) -> str:
+    """The kernel's letter for what a process is doing, as in ps; "" where it has ended, or the system is not Linux."""
+    try:
+        return chr(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0][0])
+    except OSError:
+        return ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.tokenizer import Tokenizer
-from titans_train.data.cursor import Cursor, read_cursor
+from titans_train.data.cursor import Cursor, check_goes_on, read_cursor
 from titans_train.data.dataset import TokenDataset, open_dataset, tokenizer_of_data
 from titans_train.data.sample import IGNORE
 from titans_train.data.source import SourceStream
@@ -33,12 +33,14 @@ def main(args: Sequence[str]) -> int:
     config = load_config(options.config, options.overrides)
     if options.step < 1:
         raise UserError(f"--step is {options.step}; the first step is 1")
+    if options.rows is not None and options.rows < 1:
+        raise UserError(f"--rows is {options.rows}; it is at least 1")
     dataset = open_dataset(config, "train", resolve_shape(config).document_alignment)
     if not isinstance(dataset, TokenDataset):
         raise UserError(
             "data.source is recall, whose tokens stand for no text; choose a config with data.source shards"
         )
-    cursor = _cursor(config, options.step)
+    cursor = _cursor(config, dataset, options.step)
     numbers = cursor.batch(options.step - 1)
     shown = numbers if options.rows is None else numbers[: options.rows]
     print(f"step {options.step}: sequences {numbers.start} to {numbers.stop - 1} of the run, {len(shown)} shown")
@@ -47,15 +49,19 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _cursor(config: RunConfig, step: int) -> Cursor:
-    """Of the run's newest checkpoint, since its batch size may have changed; else as if it began now."""
+def _cursor(config: RunConfig, dataset: TokenDataset, step: int) -> Cursor:
+    """Of the run's newest checkpoint, since its batch size may have changed; else as if it began now.
+
+    DataError where the config says other data or weights than the run has read.
+    """
     size = config.training.global_batch_size
     checkpoints = sorted((Path(config.run.folder) / config.run.name / "checkpoints").glob("step-????????/state.json"))
     if not checkpoints:
         return Cursor.constant(size)
     state = json.loads(checkpoints[-1].read_text("utf-8"))
-    cursor = read_cursor(state["data"])
-    return cursor.going_on(int(state["step"]), size) if step > int(state["step"]) else cursor
+    trained, found = int(state["step"]), state["data"]
+    check_goes_on(found, dataset.weights, dataset.fingerprints, trained, str(checkpoints[-1].parent))
+    return read_cursor(found).going_on(trained, size) if step > trained else read_cursor(found)
 
 
 def lines(dataset: TokenDataset, numbers: Sequence[int], tokenizer: Tokenizer, characters: int) -> Iterator[str]:

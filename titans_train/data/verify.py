@@ -11,8 +11,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,16 @@ import xxhash
 import zstandard
 from numpy.typing import NDArray
 
-from data_prep.manifest import FILE_NAME, FileEntry, Manifest, ManifestError, ShardEntry, SplitEntry
+from data_prep.manifest import (
+    FILE_NAME,
+    SPLITS,
+    FileEntry,
+    Manifest,
+    ManifestError,
+    ShardEntry,
+    SplitEntry,
+    hash_stream,
+)
 from titans_train.data import s3
 from titans_train.data.cache import Cache
 from titans_train.data.errors import DataError
@@ -30,10 +39,11 @@ from titans_train.data.verified import read_manifest
 from titans_train.data.verify_report import Report, SourceRow, lines, source_row
 
 _FETCHES = 3  # of an object whose content is wrong
+_TYPES = {"int": int, "str": str}
 
 
 def main(args: Sequence[str]) -> int:
-    """Exit status: 0 all is right, 1 something is wrong. DataError: not a prepared folder."""
+    """Exit status: 0 all is right, 1 something is wrong. DataError: not a prepared folder, or --json is no place."""
     parser = argparse.ArgumentParser(prog="python -m titans_train verify-data", description=__doc__)
     parser.add_argument("path", metavar="PATH|URL", help="a prepared folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there as well")
@@ -41,10 +51,24 @@ def main(args: Sequence[str]) -> int:
     options = parser.parse_args(list(args))
     if options.threads < 1:
         parser.error(f"--threads {options.threads}: must be at least 1")
+    if options.json is not None:
+        _check_place(options.json)
     report = verify(options.path, None, print, options.threads)
     if options.json is not None:
-        options.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n", "utf-8")
+        try:
+            options.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n", "utf-8")
+        except OSError as error:
+            raise DataError(f"--json {options.json}: {error.strerror}; name another file") from error
     return 1 if report.problems else 0
+
+
+def _check_place(file: Path) -> None:
+    """Before the work: a file that can be written."""
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        what = "is a folder" if file.is_dir() else f"there is no folder {file.absolute().parent}"
+        raise DataError(f"--json {file}: {what}; name a file in a folder that is there")
+    if not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise DataError(f"--json {file}: permission denied; name a file that can be written")
 
 
 def verify(
@@ -77,50 +101,57 @@ class _Check:
     def __init__(self, path: str, cache: Cache, remote: Remote) -> None:
         self._path, self._cache, self._remote = path, cache, remote
         self.notes: list[str] = []
+        where = f"{path}/{FILE_NAME}"
         try:
-            self.manifest = Manifest.from_text(read_manifest(path, cache, remote), f"{path}/{FILE_NAME}")
-        except ManifestError as error:
-            raise DataError(str(error)) from error
+            self.manifest = Manifest.from_text(read_manifest(path, cache, remote), where)
+        except (ManifestError, DataError) as error:
+            raise DataError(_plain(str(error))) from error
+        except TypeError as error:  # of its sums
+            raise DataError(f"{where} is not a complete manifest ({error}); prepare the data again") from error
+        if wrong := next(_wrong_types(self.manifest, ""), None):
+            raise DataError(f"{where}: {wrong}; prepare the data again")
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
 
     def run(self, threads: int) -> tuple[list[str], list[SourceRow]]:
         """(problems, rows of the table)."""
         problems, rows = [*self._tokenizer(), *self._unknown()], []
+        for file in self.manifest.others:
+            problems += self._content(file.name, file, keep=False)[1]
         with ThreadPoolExecutor(threads) as pool:
             for split, sources in self.manifest.splits.items():
                 for source, entry in sources.items():
                     folder = f"{split}/{source}"
                     rows.append(source_row(split, source, entry))
-                    problems += self._index(folder, entry)
+                    problems += self._text_bytes(folder, entry) + self._index(folder, entry)
                     lengths, found = self._lengths(folder, entry)
                     problems += found
                     jobs = self._jobs(folder, entry, lengths)
                     problems += [text for found in pool.map(lambda job: self._shard(*job), jobs) for text in found]
         return problems, rows
 
-    def _content(self, name: str, file: FileEntry) -> tuple[bytes, list[str]]:
-        """(content, problems) of a stored file; no content where there is a problem. A remote one is fetched."""
+    def _content(self, name: str, file: FileEntry, keep: bool = True) -> tuple[bytes, list[str]]:
+        """(content if it is to be kept, problems) of a stored file; a remote one is fetched."""
         found = ""
         for _ in range(_FETCHES if is_remote(self._path) else 1):
             try:
-                content, found = self._read(name, file)
+                content, found = self._read(name, file, keep)
             except FileNotFoundError:
                 return b"", [f"{name} is missing"]
             except (DataError, OSError) as error:
-                return b"", [f"{name}: {error}"]
+                return b"", [f"{name}: {_plain(str(error))}"]
             if not found:
                 return content, []
         return b"", [f"{name} {found}"]
 
-    def _read(self, name: str, file: FileEntry) -> tuple[bytes, str]:
+    def _read(self, name: str, file: FileEntry, keep: bool) -> tuple[bytes, str]:
         """(content, what is wrong with it)."""
         if not is_remote(self._path):
-            return _compared(Path(self._path) / name, file)
+            return _compared(Path(self._path) / name, file, keep)
         target = self._cache.temporary(self._cache.make() / "verify" / Path(name).name)
         try:
             with self._cache.room(file.bytes):
                 self._remote.fetch(f"{self._path}/{name}", target)
-                return _compared(target, file)
+                return _compared(target, file, keep)
         finally:
             target.unlink(missing_ok=True)
 
@@ -142,21 +173,32 @@ class _Check:
         return []
 
     def _unknown(self) -> list[str]:
-        """Shard files that the manifest does not name."""
-        known = {name for name, _ in self.manifest.files()}
+        """Files, and folders without files, that the manifest does not name; hidden ones may be there."""
+        from data_prep.storage import printable
+
+        known = {FILE_NAME, *(name for name, _ in self.manifest.files())}
+        folders = {parent.as_posix() for name in known for parent in PurePosixPath(name).parents} | {*SPLITS}
         if not is_remote(self._path):
-            found = {path.relative_to(self._path).as_posix() for path in Path(self._path).rglob("*.mds*")}
+            found = set(_below(Path(self._path), folders))
         elif self._path.startswith("s3://"):
             try:
                 found = set(s3.list_keys(self._path, self._remote.timeout_seconds))
             except Exception as error:  # the fetches below say more
-                self.notes.append(f"the folder could not be listed ({error}): unknown shard files were not looked for")
+                self.notes.append(f"the folder could not be listed ({error}): unknown files were not looked for")
                 return []
         else:
-            self.notes.append("this storage cannot be listed: unknown shard files were not looked for")
+            self.notes.append("this storage cannot be listed: unknown files were not looked for")
             return []
-        unknown = sorted(name for name in found - known if ".mds" in Path(name).name)
-        return [f"{name} is not in the manifest: remove it, or prepare the data again" for name in unknown]
+        unknown = sorted(name for name in found - known if name.rstrip("/") not in folders | {""})
+        shown = [printable(name) for name in unknown if not any(part.startswith(".") for part in name.split("/"))]
+        return [f"{name} is not in the manifest: remove it, or prepare the data again" for name in shown]
+
+    def _text_bytes(self, folder: str, entry: SplitEntry) -> list[str]:
+        """A token of the byte tokenizer is a byte of text or the end of a document."""
+        expected = entry.tokens - entry.documents
+        if self.manifest.tokenizer.kind != "bytes" or entry.text_bytes == expected:
+            return []
+        return [f"{folder}: {entry.text_bytes} bytes of text in the manifest, its tokens are {expected} bytes"]
 
     def _index(self, folder: str, entry: SplitEntry) -> list[str]:
         """streaming's own index must say the same as the manifest."""
@@ -172,7 +214,7 @@ class _Check:
         if len(shards) != len(expected):
             return [f"{name} has {len(shards)} shards, the manifest says {len(expected)}"]
         return [
-            f"{name}, shard {number}: {found}, the manifest says {said}"
+            f"{name}, shard {number}: {_words(*found)}; the manifest says {_words(*said)}"
             for number, (found, said) in enumerate(zip(shards, expected, strict=True))
             if found != said
         ]
@@ -216,12 +258,52 @@ class _Check:
         return [f"{name}: {text}" for text in found_in]
 
 
-def _compared(path: Path, file: FileEntry) -> tuple[bytes, str]:
-    """(content, how it differs from the manifest's entry); a file of another size is not read."""
+def _plain(text: str) -> str:
+    """A remedy of the training's reader, for this command: it has a path where that has data.path."""
+    return text.replace("set data.path to", "name").replace("data.path", "the path")
+
+
+def _wrong_types(value: Any, where: str) -> Iterator[str]:
+    """Where a manifest holds a text for a number, or the other way round."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _wrong_types(item, f"{where}/{key}")
+    elif isinstance(value, tuple):
+        for number, item in enumerate(value):
+            yield from _wrong_types(item, f"{where}/{number}")
+    elif is_dataclass(value):
+        for field in fields(value):
+            item, name = getattr(value, field.name), f"{where}/{field.name}".lstrip("/")
+            kind = _TYPES.get(str(field.type))
+            if kind is not None and (not isinstance(item, kind) or isinstance(item, bool)):
+                yield f"{name} is {item!r}, expected {'a number' if kind is int else 'a text'}"
+            elif name not in ("settings", "report"):
+                yield from _wrong_types(item, name)
+
+
+def _below(root: Path, known: set[str]) -> Iterator[str]:
+    """Paths of all files, and of the folders with nothing in them but hidden files; none below a hidden folder."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        shown = [name for name in names if not name.startswith(".")]
+        place = Path(folder).relative_to(root)
+        yield from ((place / name).as_posix() for name in shown)
+        yield from ((place / name).as_posix() for name in folders if (Path(folder) / name).is_symlink())
+        if not folders and not shown and place.as_posix() not in known:
+            yield place.as_posix()
+
+
+def _compared(path: Path, file: FileEntry, keep: bool) -> tuple[bytes, str]:
+    """(content if it is to be kept, how it differs from the manifest's entry); a file of another size is not read."""
     if (size := path.stat().st_size) != file.bytes:
         return b"", f"has {size} bytes, expected {file.bytes}"
-    content = path.read_bytes()
-    if (digest := xxhash.xxh64_hexdigest(content)) != file.xxh64:
+    content = path.read_bytes() if keep else b""
+    if keep:
+        digest = xxhash.xxh64_hexdigest(content)
+    else:
+        with path.open("rb") as stream:
+            digest = hash_stream(stream)[1]
+    if digest != file.xxh64:
         return b"", f"is damaged: xxh64 {digest}, expected {file.xxh64}"
     return content, ""
 
@@ -237,5 +319,11 @@ def _indexed(shard: dict[str, Any]) -> tuple[int, FileEntry, FileEntry | None]:
         FileEntry(data["basename"], data["bytes"], data["hashes"]["xxh64"]) if data else None
         for data in (shard["raw_data"], shard["zip_data"])
     )
-    assert raw is not None
+    if raw is None:
+        raise ValueError("a shard without raw_data")
     return shard["samples"], raw, compressed
+
+
+def _words(documents: int, raw: FileEntry, compressed: FileEntry | None) -> str:
+    files = [f"{file.name} of {file.bytes} bytes, xxh64 {file.xxh64}" for file in (raw, compressed) if file is not None]
+    return f"{documents} documents, " + ", compressed ".join(files)

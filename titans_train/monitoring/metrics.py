@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ class Metrics:
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line and json.loads(line)["step"] <= first_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        kept = [line for line in read_metrics(self.path) if line["step"] <= first_step]
+        temporary = self.path.with_suffix(".half")
+        temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        temporary.rename(self.path)
         self._file = self.path.open("a", buffering=1)
         self._writer: Any = None
         if tensorboard:
@@ -42,3 +44,12 @@ class Metrics:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Whole lines only: the last one of a killed run may be cut."""
+    found = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,7 +15,7 @@ from titans_train.data import RecallDataset, TokenDataset, loader, open_dataset
 from titans_train.errors import UserError
 from titans_train.models import LanguageModel, recording
 from titans_train.monitoring.console import Console
-from titans_train.monitoring.metrics import Metrics
+from titans_train.monitoring.metrics import Metrics, read_metrics
 from titans_train.monitoring.plot import plot_loss
 from titans_train.monitoring.throughput import measured_peak_flops, peak_memory_bytes
 from titans_train.parallel import Engine, Mesh, agree, gather, make_parts, mean_over_ranks, process_group
@@ -71,19 +71,19 @@ def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str,
     """`train` within a group that is there already. UserError, on all ranks alike, before anything is written."""
     agree(lambda: run_folder.check(plan), mesh, first_only=True)
     agree(lambda: checkpoint.check_disk(plan.run_directory, plan.checkpoint_bytes), mesh, first_only=True)
-    alignment = plan.shape.document_alignment
-    data = agree(lambda: open_dataset(plan.config, "train", alignment), mesh)
-    held_out = agree(lambda: open_dataset(plan.config, "validation", alignment), mesh)
-    agree(lambda: run_folder.write(plan), mesh, first_only=True)
-    engine = build_engine(plan, mesh)
-    carried = CarriedStates(plan, mesh) if plan.config.training.carry_state else None
-    progress = checkpoint.resume(engine, plan, data, mesh, carried)
-    run = Run(plan, mesh, engine, data.at(progress.cursor), held_out, progress, carried)
-    try:
-        return run.go(stop_after)
-    finally:
+    with ExitStack() as held:
+        agree(lambda: run_folder.own(plan, held), mesh, first_only=True)
+        alignment = plan.shape.document_alignment
+        data = agree(lambda: open_dataset(plan.config, "train", alignment), mesh)
+        held_out = agree(lambda: open_dataset(plan.config, "validation", alignment), mesh)
+        engine = build_engine(plan, mesh)
+        carried = CarriedStates(plan, mesh) if plan.config.training.carry_state else None
+        progress = checkpoint.resume(engine, plan, data, mesh, carried)
+        agree(lambda: run_folder.write(plan), mesh, first_only=True)
+        run = Run(plan, mesh, engine, data.at(progress.cursor), held_out, progress, carried)
         if run.metrics is not None:
-            run.metrics.close()
+            held.callback(run.metrics.close)
+        return run.go(stop_after)
 
 
 def layer_figures(records: dict[int, dict[str, torch.Tensor]], mesh: Mesh) -> dict[str, dict[str, float]]:
@@ -258,7 +258,7 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         """Final validation, picture and summary."""
         folder = self.plan.run_directory
-        lines = run_folder.read_metrics(folder / "metrics.jsonl")
+        lines = read_metrics(folder / "metrics.jsonl")
         if self.first_step == self.progress.step and (folder / "summary.json").exists():
             self.console.say(f"{self.config.run.name} is finished; nothing to do. Results are in {folder}")
             return {}
@@ -273,7 +273,7 @@ class Run:
             figures["tokens_per_second"] = self.trained_tokens / self.trained_seconds
         figures["peak_memory_bytes"] = peak_memory_bytes()
         if self.mesh.is_first:
-            plot_loss(run_folder.read_metrics(folder / "metrics.jsonl"), folder / "loss.png", self.config.run.name)
+            plot_loss(read_metrics(folder / "metrics.jsonl"), folder / "loss.png", self.config.run.name)
             run_folder.write_summary(self.plan, figures)
         self.console.say(f"finished; results are in {folder}")
         return figures

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import platform
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from titans_train.config import RunConfig, dump_config
 from titans_train.errors import UserError
@@ -23,6 +26,10 @@ FREE = {
     "data.weights_from", "training.steps", "training.global_batch_size", "training.micro_batch_size",
     "training.activation_checkpointing",
 }  # fmt: skip
+
+
+LOCK, HALF = ".lock", ".half"
+BESIDE = {"cache", LOCK, f"plan.json{HALF}"}  # there before a run is: reading alone fills the cache
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -49,7 +56,7 @@ def check(plan: Plan) -> None:
     """Refuses a folder of another run. Changes nothing."""
     folder, record = plan.run_directory, plan.run_directory / "plan.json"
     if record.exists():
-        theirs = json.loads(record.read_text())["config"]
+        theirs = _recorded(record)
         differing = differences(theirs, plan.config)
         had, has = theirs["training"]["global_batch_size"], plan.config.training.global_batch_size
         if had != has and plan.config.training.carry_state:
@@ -59,17 +66,44 @@ def check(plan: Plan) -> None:
                 f"{folder} holds a run with other settings:\n  - " + "\n  - ".join(differing)
                 + "\nchoose another run.name, or set these back; nothing was changed"
             )  # fmt: skip
-    elif folder.exists() and any(path.name != "cache" for path in folder.iterdir()):  # reading alone fills the cache
+    elif folder.exists() and any(path.name not in BESIDE for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and not a run (no plan.json); choose another run.name or run.folder")
 
 
-def write(plan: Plan) -> None:
-    """Config and plan into the run's folder, which is made if need be."""
+def _recorded(path: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads(path.read_text("utf-8"))["config"]
+        return config
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); remove it if {path.parent / 'config.yaml'} is the run's: it is written anew"
+        ) from error
+
+
+def own(plan: Plan, until: ExitStack) -> None:
+    """The run's folder, made if need be, is this job's until the stack is left. UserError: it is another's."""
     folder = plan.run_directory
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_config(plan.config))
-    (folder / "plan.json").write_text(json.dumps(plan.to_dict(), indent=1))
-    (folder / "plan.txt").write_text(plan.describe() + "\n")
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"another job trains in {folder}; wait until it ends, or choose another run.name") from error
+    until.callback(lock.release)
+
+
+def write(plan: Plan) -> None:
+    """Config and plan into the run's folder. Each file is the old or the new one, whenever the process is killed."""
+    folder = plan.run_directory
+    texts = {
+        "plan.json": json.dumps(plan.to_dict(), indent=1),
+        "config.yaml": dump_config(plan.config),
+        "plan.txt": plan.describe() + "\n",
+    }
+    for name, text in texts.items():
+        temporary = folder / f"{name}{HALF}"
+        temporary.write_text(text, "utf-8")
+        temporary.rename(folder / name)
 
 
 def write_summary(plan: Plan, figures: dict[str, Any]) -> None:
@@ -80,7 +114,3 @@ def write_summary(plan: Plan, figures: dict[str, Any]) -> None:
     }  # fmt: skip
     path = plan.run_directory / "summary.json"
     path.write_text(json.dumps(summary, indent=1) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
