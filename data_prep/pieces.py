@@ -134,7 +134,7 @@ def _up_to_damage(member: zlib._Decompress, data: bytes) -> Iterator[bytes]:
         try:
             block = member.decompress(data[place : place + 1])
         except zlib.error as error:
-            raise DamagedFile(str(error)) from error
+            raise DamagedFile(f"gzip: {str(error).rpartition(': ')[2]}") from error
         if block:
             yield block
 

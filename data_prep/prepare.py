@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 from data_prep import arrange, claim, output, space
-from data_prep.bad import check_share, check_source_field
+from data_prep.bad import JUDGED_FROM, check_share, check_source_field
 from data_prep.columns import BYTES_PER_DOCUMENT, Columns, load_columns
 from data_prep.errors import PrepareError
 from data_prep.finish import Sums, make_manifest
@@ -80,6 +80,7 @@ class _Run:
         self.units = job.units()
         self.writer: UnitWriter
         self.claim: claim.Claim | None = None
+        self.none_named_said = False
         self.made: set[int] = set()  # units that this run has tokenised itself
 
     def run(self) -> Manifest:
@@ -155,6 +156,7 @@ class _Run:
                 if prefix.add(record):
                     check_share(folder, self.units, prefix, limit, final=False)
                     prefix.check_sources()
+                    self._say_none_named(prefix)
                 if prefix.full:
                     break
                 if len(self.made) == len(left) // 2:  # so that nobody waits for it later
@@ -163,6 +165,13 @@ class _Run:
         prefix.check_sources()
         check_source_field(prefix, self.job.files, self.job.read.source_field)
         return prefix
+
+    def _say_none_named(self, prefix: Prefix) -> None:
+        """Once, and early: it may be meant, where texts without fields come first."""
+        field = self.job.read.source_field
+        if field is not None and prefix.none_named and prefix.documents >= JUDGED_FROM and not self.none_named_said:
+            self.none_named_said = True
+            self.say(f"none of {prefix.documents:,} documents so far names a source in the field {field!r}")
 
     def _arrange(self, prefix: Prefix) -> tuple[Columns, Sums]:
         """The documents that stay, and what was not kept."""

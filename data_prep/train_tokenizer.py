@@ -9,9 +9,11 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import tokenizers
@@ -134,6 +136,20 @@ def check_output(text: str) -> Path:
     return output
 
 
+def _beside(work: Callable[[], tokenizers.Tokenizer]) -> tokenizers.Tokenizer:
+    """In a thread of its own: while the library works the main thread would not hear Ctrl-C."""
+    result: Future[tokenizers.Tokenizer] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:  # raised again by result()
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result.result()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0: written. 2: refused, the reason on stderr. 130: stopped by Ctrl-C."""
     options = parser().parse_args(arguments)
@@ -149,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         files, _, _ = default_corpus() if options.default_corpus else find_files(options.input)
         texts = Texts(make_units(files, separator=options.document_separator), settings, options.max_bytes, say)
-        tokenizer = train(texts, options.vocabulary)
+        tokenizer = _beside(lambda: train(texts, options.vocabulary))
         write_bytes(str(output), tokenizer.to_str(pretty=True).encode("utf-8"))
     except PrepareError as error:
         say(f"train_tokenizer: {error}")
@@ -164,4 +180,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # the library cannot be stopped: it may still be at work after Ctrl-C

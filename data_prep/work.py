@@ -22,9 +22,10 @@ from filelock import FileLock, Timeout
 from data_prep.claim import is_others, release
 from data_prep.durable import TEMPORARY, read_json, write_json
 from data_prep.errors import PrepareError
+from data_prep.manifest import FILE_NAME
 from data_prep.shards import ShardRecord
 from data_prep.sources import SourceFile
-from data_prep.storage import delete, is_remote, join
+from data_prep.storage import delete, exists, is_remote, join
 from data_prep.tokenizer import TOKENIZER_FILES, Tokenizer, from_spec
 
 _SETTINGS = "settings.json"
@@ -117,7 +118,7 @@ def open_work(place: Place, wanted: dict[str, Any], files: Sequence[SourceFile],
     """
     _remove_shared_memory(place.work)
     if restart:
-        discard(place)
+        discard(_place_of_work(place))
     mine = {"output": place.output, "tool": tool, **wanted}
     found = read_json(place.work / _SETTINGS)
     if found == mine:
@@ -134,7 +135,7 @@ def open_work(place: Place, wanted: dict[str, Any], files: Sequence[SourceFile],
             f"{_changes(place, files)}); give the same ones to go on with it, or --restart to throw it away"
         )
     if found is not None:
-        discard(replace(place, output=str(found.get("output"))))
+        discard(_place_of_work(place))
     if place.named and place.work.is_dir() and any(place.work.iterdir()):
         raise PrepareError(f"--work {place.work} holds something else; name an empty folder, or one that is not there")
     for folder in {place.work, place.beside}:
@@ -144,6 +145,12 @@ def open_work(place: Place, wanted: dict[str, Any], files: Sequence[SourceFile],
     write_json(place.work / _INPUT, _states(files))
     write_json(place.work / _SETTINGS, mine)
     return False
+
+
+def _place_of_work(place: Place) -> Place:
+    """With the output that the work in the folder is for, which may be another one."""
+    found = read_json(place.work / _SETTINGS)
+    return replace(place, output=str(found["output"])) if isinstance(found, dict) and "output" in found else place
 
 
 def _is_begun(place: Place) -> bool:
@@ -178,7 +185,7 @@ def discard(place: Place) -> None:
     """Remove the working folder, and with it what an unfinished run uploaded."""
     if read_json(place.work / _SETTINGS) is None and place.named:
         return
-    if place.remote and not is_others(place.remote, place.work):
+    if place.remote and not (is_others(place.remote, place.work) or exists(join(place.remote, FILE_NAME))):
         records = [read_json(path) for path in sorted(place.records.rglob("*.json"))]
         names = [ShardRecord(**record).path for record in records if isinstance(record, dict)]
         names += [path.relative_to(place.staging).as_posix() for path in place.staging.rglob("*") if path.is_file()]

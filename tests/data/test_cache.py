@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -17,6 +19,7 @@ from tests.data.folders import QUICK, open_store, read_all, read_manifest
 from tests.data.workers import (
     NOBODY,
     as_user,
+    hold_locks,
     open_at_once,
     processes,
     read_again_and_again,
@@ -159,13 +162,35 @@ def test_what_a_killed_process_left_is_cleaned_and_its_locks_are_free(tmp_path: 
 
 
 def _is_free(cache: Cache) -> bool:
-    lock = cache.lock("shard")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("titans_train.data.cache._WAIT_SECONDS", 0.0)
+        try:
+            with cache.lock("shard"):
+                return True
+        except DataError:
+            return False
+
+
+def test_a_lock_that_a_stopped_process_holds_is_waited_for_with_a_limit(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held, cache = processes().Event(), Cache(tmp_path / "cache")  # type: ignore[attr-defined]
+    process, _ = start(hold_locks, cache, [f"{number:03}" for number in range(256)], held)
+    assert held.wait(60)
+    os.kill(process.pid, signal.SIGSTOP)
+    monkeypatch.setattr("titans_train.data.cache._WAIT_SECONDS", 0.4)
+    monkeypatch.setattr("titans_train.data.cache._SILENT_SECONDS", 0.2)
     try:
-        lock.acquire(timeout=0)
-    except TimeoutError:
-        return False
-    lock.release()
-    return True
+        with pytest.raises(
+            DataError, match=r"locks/(\d+) was held by another process for 0 s.*find it with fuser /.*/locks/\1 and end"
+        ):
+            read_all(open_store(prepared, tmp_path))
+        assert re.search(r"^waiting for /.*/locks/\d+, which another process", capsys.readouterr().err)
+    finally:
+        process.kill()
+        process.join()
+    assert read_all(open_store(prepared, tmp_path))
+    assert capsys.readouterr().err == ""
 
 
 def test_what_another_host_is_making_stays_for_a_day(tmp_path: Path) -> None:

@@ -6,10 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from titans_train.data import mds
 from titans_train.data.mds import MdsFile, check_offsets
 from titans_train.data.shim import import_streaming
 
 DTYPE = np.dtype("<u4")
+
+
+def tokens(file: MdsFile, index: int, begin: int, end: int) -> list[int]:
+    """Tokens [begin, end) of a document of DOCUMENTS."""
+    out = np.empty(end - begin, DTYPE)
+    file.read_into(index, (len(DOCUMENTS[index]) - begin) * DTYPE.itemsize, out.data.cast("B"))
+    return out.tolist()
+
+
 NAMES = ["one.txt", "", "größe/drei.txt"]
 DOCUMENTS = [np.arange(size, dtype=DTYPE) * 70_001 + size for size in (1, 1000, 17)]
 
@@ -25,21 +35,37 @@ def written(tmp_path: Path) -> Path:
 
 def test_pieces_are_what_was_written(written: Path) -> None:
     file = MdsFile(written, 3)
-    assert file.lengths(4).tolist() == [len(tokens) for tokens in DOCUMENTS]
-    for index, tokens in enumerate(DOCUMENTS):
+    assert file.lengths(4).tolist() == [len(expected) for expected in DOCUMENTS]
+    for index, expected in enumerate(DOCUMENTS):
         assert file.name(index) == NAMES[index]
-        assert file.length(index, 4) == len(tokens)
-        for begin, end in ((0, len(tokens)), (len(tokens) // 2, len(tokens)), (0, 1)):
-            found = file.tokens(index, begin, end, DTYPE, length=len(tokens))
-            assert found.dtype == DTYPE and found.tolist() == tokens[begin:end].tolist()
+        size = len(expected)
+        for begin, end in ((0, size), (size // 2, size), (0, 1), (size // 3, size // 2)):
+            assert tokens(file, index, begin, end) == expected[begin:end].tolist()
 
 
-def test_ranges_and_lengths_that_do_not_fit_are_refused(written: Path) -> None:
-    file = MdsFile(written, 3)
-    with pytest.raises(ValueError, match="tokens 990 to 1001 of document 1, which has 1000"):
-        file.tokens(1, 990, 1001, DTYPE)
-    with pytest.raises(ValueError, match="expected 999 tokens, found 1000"):
-        file.tokens(1, 0, 10, DTYPE, length=999)
+def test_more_tokens_than_there_are_is_refused(written: Path) -> None:
+    with pytest.raises(ValueError, match="it has 7 bytes, 40 of tokens expected|it has 11 bytes, 40 of tokens"):
+        MdsFile(written, 3).read_into(0, 40, memoryview(bytearray(40)))
+
+
+@pytest.mark.parametrize("small", [0, 1 << 20])
+@pytest.mark.parametrize("window", [8, 9, 1000, 1 << 20])
+def test_lengths_are_read_from_headers_one_by_one_or_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int, window: int
+) -> None:
+    sizes = np.random.default_rng(0).integers(0, 300, 500)
+    names = [b"n" * int(size % 7) for size in sizes]
+    table = 4 * 502 + np.cumsum([0, *(8 + len(name) + 4 * size for name, size in zip(names, sizes, strict=True))])
+    samples = [
+        np.array([len(name), 4 * size], "<u4").tobytes() + name + bytes(range(256)) * 5
+        for name, size in zip(names, sizes, strict=True)
+    ]
+    cut = [sample[:size] for sample, size in zip(samples, np.diff(table), strict=True)]
+    path = tmp_path / "shard.mds"
+    path.write_bytes(np.array([500, *table], "<u4").tobytes() + b"".join(cut))
+    monkeypatch.setattr(mds, "_SMALL_BYTES", small)
+    monkeypatch.setattr(mds, "_WINDOW_BYTES", window)
+    assert MdsFile(path, 500).lengths(4).tolist() == sizes.tolist()
 
 
 @pytest.mark.parametrize("documents", [2, 4])
@@ -54,7 +80,7 @@ def test_a_header_that_contradicts_the_table_is_refused(written: Path) -> None:
     data[place + 4] ^= 1
     written.write_bytes(data)
     with pytest.raises(ValueError, match="document 1 says 0 \\+ 4001 bytes, the table 4000 in all"):
-        MdsFile(written, 3).tokens(1, 0, 1, DTYPE)
+        MdsFile(written, 3).lengths(4)
 
 
 def test_a_file_cut_while_it_is_open_is_an_error(written: Path) -> None:
@@ -63,7 +89,7 @@ def test_a_file_cut_while_it_is_open_is_an_error(written: Path) -> None:
     os.truncate(written, 300)
     assert not file.unchanged()
     with pytest.raises(ValueError, match=r"it ends at byte 300, expected \d+ or more"):
-        file.tokens(1, 0, 1000, DTYPE)
+        tokens(file, 1, 0, 1000)
     with pytest.raises(ValueError, match="its offsets are wrong"):
         MdsFile(written, 3)
 
@@ -73,7 +99,7 @@ def test_a_removed_file_can_still_be_read(written: Path) -> None:
     assert file.is_at(written) and not file.removed()
     written.unlink()
     assert file.removed() and file.unchanged()
-    assert file.tokens(2, 3, 5, DTYPE).tolist() == DOCUMENTS[2][3:5].tolist()
+    assert tokens(file, 2, 3, 5) == DOCUMENTS[2][3:5].tolist()
     with pytest.raises(FileNotFoundError):
         MdsFile(written, 3)
 

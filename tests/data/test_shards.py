@@ -1,5 +1,6 @@
 """Whatever happens to a shard, reading ends with an error that names it, or gives the right tokens."""
 
+import errno
 import os
 import pickle
 import re
@@ -50,8 +51,11 @@ def test_a_piece_of_a_document_is_that_piece(prepared: Path, tmp_path: Path) -> 
     for number, text in enumerate(texts_by_name(store, prepared.parent)):
         for begin, end in ((0, 1), (len(text) - 1, len(text)), (len(text) // 3, len(text) // 2 + 1)):
             assert store.tokens(number, begin, end).tolist() == text[begin:end]
-    for begin, end in ((-1, 1), (0, 0), (3, 2), (0, len(text) + 1)):
-        with pytest.raises(DataError, match=rf"shard train/text/shard.*tokens {begin} to {end} of {len(text)}"):
+    assert store.tokens(number, 1, 1).tolist() == []
+    for begin, end in ((-1, 1), (3, 2), (0, len(text) + 1)):
+        with pytest.raises(
+            DataError, match=rf"shard {prepared}/train/text/shard.*tokens {begin} to {end} of {len(text)}"
+        ):
             store.tokens(number, begin, end)
     with pytest.raises(DataError, match=rf"document {store.documents} of .*, which has {store.documents}"):
         store.tokens(store.documents, 0, 1)
@@ -194,6 +198,48 @@ def test_damaged_document_lengths_are_caught(prepared: Path, tmp_path: Path) -> 
         open_store(folder, tmp_path).lengths()
 
 
+def test_lengths_damaged_or_cut_while_they_are_used_change_nothing(prepared: Path, tmp_path: Path) -> None:
+    store = open_store(prepared, tmp_path)
+    lengths = store.lengths()
+    before = lengths.tolist()
+    (cached,) = tmp_path.glob("cache/*/*/train/text/lengths.npy")
+    flip(cached, -8)
+    assert store.lengths().tolist() == lengths.tolist() == before
+    os.truncate(cached, 0)
+    assert store.lengths().tolist() == before
+    assert read_all(open_store(prepared, tmp_path)) == read_all(store)  # made anew
+
+
+def test_lengths_that_change_between_check_and_use_are_checked_again(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, read, changes = open_store(prepared, tmp_path).lengths().tolist(), Path.read_bytes, [1] * 3
+
+    def changed(path: Path) -> bytes:
+        content = read(path)
+        return content[:-1] + b"\7" if path.name == "lengths.npy" and changes and changes.pop() else content
+
+    monkeypatch.setattr(Path, "read_bytes", changed)
+    assert open_store(prepared, tmp_path).lengths().tolist() == expected and not changes
+    changes[:] = [1] * 100
+    with pytest.raises(DataError, match=rf"^{prepared}/train/text/lengths.npy: its copy in the cache is changed again"):
+        open_store(prepared, tmp_path).lengths()
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_with_a_remedy(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: object) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refused)
+    with pytest.raises(
+        DataError,
+        match=rf"cannot read {prepared}/train/text \(Permission denied\); give this user read .* set data.path",
+    ):
+        open_store(prepared, tmp_path)
+
+
 def test_lengths_that_are_not_those_of_the_shards_are_caught(prepared: Path, tmp_path: Path) -> None:
     """A folder whose every file is as its manifest says, and that is wrong all the same."""
     folder = copy_of(prepared, tmp_path)
@@ -202,14 +248,15 @@ def test_lengths_that_are_not_those_of_the_shards_are_caught(prepared: Path, tmp
     np.save(path, lengths[[1, 0, *range(2, len(lengths))]])
     write_manifest(folder, with_entry(manifest, replace(manifest.splits["train"]["text"], lengths=describe_file(path))))
     with pytest.raises(
-        DataError, match=rf"train/text/shard.00000.mds, document 0: expected {lengths[1]} tokens, found {lengths[0]};"
+        DataError,
+        match=rf"shard {folder}/train/text/shard.00000.mds, document 0: expected {lengths[1]} .*, found {lengths[0]};",
     ):
         open_store(folder, tmp_path).tokens(0, 0, 1)
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"vocabulary": 256}, r"shard train/text/shard\.\d+\.mds, document \d+: token 256, expected below 256"),
-    ({"end_of_document": 7}, r"shard train/text/shard\.\d+\.mds, document 0: its last token is 256, expected 7"),
+    ({"vocabulary": 256}, r"^shard /.*/train/text/shard\.\d+\.mds, document \d+: token 256, expected below 256"),
+    ({"end_of_document": 7}, r"^shard /.*/train/text/shard\.\d+\.mds, document 0: its last token is 256, expected 7"),
 ])  # fmt: skip
 def test_tokens_that_the_tokenizer_cannot_give_are_caught(
     prepared: Path, tmp_path: Path, change: dict[str, int], message: str

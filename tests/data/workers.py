@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
@@ -15,7 +17,7 @@ from typing import Any
 from tests.data.corpus import run_config
 from tests.data.folders import QUICK, read_all
 from titans_train.data import DataError, loader, open_dataset
-from titans_train.data.cache import Cache
+from titans_train.data.cache import Cache, note_shared_memory
 from titans_train.data.shards import ShardStore
 from titans_train.data.shared_memory import listing
 from titans_train.plan import make_plan
@@ -81,11 +83,21 @@ def write_half(cache: Cache, started: Any) -> None:
         time.sleep(600)
 
 
-def hold_shared_memory(root: str) -> None:
+def hold_locks(cache: Cache, names: list[str], held: Any) -> None:
+    """Until killed."""
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(cache._lock_file(name))
+        held.set()
+        time.sleep(600)
+
+
+def hold_shared_memory(temporary: str) -> None:
     """Have semaphores that processes share, as a DataLoader has; say their names, and wait to be killed."""
     context = multiprocessing.get_context("spawn")
     held = (context.Queue(), context.Event())
-    Cache(Path(root)).note_shared_memory()
+    tempfile.tempdir = temporary
+    note_shared_memory()
     print(*json.loads(listing())["semaphores"], flush=True)
     time.sleep(600)
     del held

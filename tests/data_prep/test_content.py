@@ -103,6 +103,14 @@ def test_a_source_field_that_no_document_has_is_refused(name: str, tmp_path: Pat
     ) in capsys.readouterr().err
 
 
+def test_a_source_field_that_no_document_has_is_named_early(tmp_path: Path, capsys: Capture) -> None:
+    path = write_lines(tmp_path / "in.jsonl", [{"text": f"{number} {'x' * 60}"} for number in range(20_000)])
+    assert prepare(path, tmp_path / "out", "--source-field", "from") == 2
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("none of ")]
+    assert len(said) == 1 and said[0].endswith(" documents so far names a source in the field 'from'")
+    assert 10_000 <= int(said[0].split()[2].replace(",", "")) < 20_000
+
+
 def test_a_document_longer_than_a_shard_has_a_shard_of_its_own(tmp_path: Path) -> None:
     """Also the first, also two in a row, also the last."""
     long = {number: f"{number} " * 3000 for number in (0, 40, 41, 119)}

@@ -129,7 +129,7 @@ def test_whatever_comes_before_the_damage_is_unpacked(pack: Callable[[bytes], by
         # gzip gives all, zstd whole blocks of 128 KiB
         assert len(content) / len(WORDS) >= size / len(whole) - (0.02 if unpack is gunzip else 0.35), size
     begun, fault = unpacked(unpack, pack(b"begin") + b"garbage behind it")
-    assert begun == b"begin" and fault
+    assert begun == b"begin" and fault in ("gzip: incorrect header check", "no zstd frame begins here")
 
 
 @pytest.mark.parametrize(("pack", "unpack"), [(gzip.compress, gunzip), (packed_zstd, unzstd)])

@@ -80,3 +80,13 @@ def test_the_line_of_progress_names_phase_share_speed_tokens_and_time() -> None:
     progress.begin("tokenise", total=100e6, done=20e6)
     progress.add(40e6, 1_234_567)
     assert progress.line(seconds=4) == "tokenise  60%  10.0 MB/s  1,234,567 tokens  0:00:04 left"
+
+
+def test_the_queues_of_workers_are_noted_when_they_exist() -> None:
+    noted: list[bool] = []
+    for workers in (1, 2):
+        assert (
+            len(list(Pool(workers, lambda text_bytes, tokens: None, lambda: noted.append(True)).run(square, [1, 2])))
+            == 2
+        )
+    assert noted == [True]

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import tracemalloc
+import zlib
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,20 @@ def test_what_comes_before_the_damage_of_a_compressed_file_is_read(tmp_path: Pat
     assert damage == "overwritten" or rejected.line == len(records) + 1  # the line that is in pieces
     documents = [record for record in records if isinstance(record, Document)][:1000]
     assert texts(list(documents)) == [(n + 1, f"{n}" * 50) for n in range(len(documents))]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_all_whole_lines_of_a_small_archive_that_is_cut_off_are_read(tmp_path: Path, suffix: str) -> None:
+    content = b"".join(line(f"{n * 7919 % 104729} {n}") for n in range(20_000))  # less than one read
+    packer = (
+        zlib.compressobj(wbits=31) if suffix == "gz" else zstandard.ZstdCompressor(write_checksum=True).compressobj()
+    )
+    packed = packer.compress(content) + packer.flush()
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(packed[:-3])
+    *records, rejected = read(tmp_path)
+    assert texts(records) == [(n + 1, f"{n * 7919 % 104729} {n}") for n in range(20_000)]
+    assert isinstance(rejected, Rejected) and (rejected.line, rejected.reason) == (20_001, "unreadable file")
+    assert rejected.detail == "damaged from here on: the file ends in the middle"
 
 
 def test_memory_does_not_grow_with_the_file_or_with_a_line_that_is_too_long(tmp_path: Path) -> None:

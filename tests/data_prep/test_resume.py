@@ -164,6 +164,8 @@ def test_work_of_other_settings_is_refused_and_can_be_thrown_away(texts: Path, t
 
 def test_files_that_changed_since_the_work_began_are_named(tmp_path: Path, capsys: Capture) -> None:
     corpus = write_corpus(tmp_path / "texts", megabytes=0.3)
+    with (corpus / "a.jsonl").open("a") as stream:
+        stream.write("{broken\n")
     assert prepare(corpus, tmp_path / "out", "--max-bad-share", "0") == 2
     (corpus / "a.jsonl").write_text('{"text": "other"}\n')
     (corpus / "b.jsonl").unlink()

@@ -166,6 +166,22 @@ def test_a_restart_takes_over_what_the_same_folder_had_claimed(
     assert objects(address, "forgotten") == whole
 
 
+def test_a_restart_for_another_output_removes_what_lies_in_the_first(
+    texts: Path, whole: dict[str, bytes], address: str, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    process = start(texts, f"s3://{BUCKET}/one", "--work", str(work), "--workers", "1", "--shard-size", "32kb")
+    wait_for(lambda: len(list((work / "shards").rglob("*.json"))) >= 3, process)
+    process.kill()
+    process.communicate()
+    foreign = {"train/wiki/shard.00000.mds.zstd": b"of another run"}
+    for name, data in foreign.items():
+        client(address).put_object(Bucket=BUCKET, Key=f"two/{name}", Body=data)
+    assert prepare(texts, f"s3://{BUCKET}/two", "--work", str(work), "--restart") == 2
+    assert objects(address, "two") == foreign and len(objects(address, "one")) <= 1  # one was being uploaded
+    assert CLAIM not in objects(address, "one")
+
+
 def test_input_from_s3_gives_the_shards_of_local_files(
     texts: Path, whole: dict[str, bytes], address: str, tmp_path: Path
 ) -> None:

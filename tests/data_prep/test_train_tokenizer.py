@@ -3,11 +3,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from data_prep import train_tokenizer
 from data_prep.errors import PrepareError
 from data_prep.readers import ReadSettings
 from data_prep.sources import find_files, make_units
@@ -90,15 +90,19 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(
     assert f"nothing can be written in {tmp_path}; name another folder" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_it_with_one_line(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(train_tokenizer, "read_unit", stop)
-    assert main(["--input", str(corpus), "--output", str(tmp_path / "x.json")]) == 130
-    assert capsys.readouterr().err == "train_tokenizer: stopped, nothing is written; run the same command again\n"
+def test_ctrl_c_ends_it_at_once_with_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "data_prep.train_tokenizer", "--default-corpus", "--vocabulary", "60000"]
+    output = tmp_path / "tokenizer.json"
+    run = subprocess.Popen([*command, "--output", str(output)], stderr=subprocess.PIPE, text=True)
+    assert run.stderr is not None and run.stderr.readline().startswith("read ")
+    began = time.monotonic()
+    run.send_signal(signal.SIGINT)
+    rest = run.communicate(timeout=60)[1].splitlines()
+    assert run.returncode == 130 and time.monotonic() - began < 3
+    assert [line for line in rest if not line.startswith("read ")] == [
+        "train_tokenizer: stopped, nothing is written; run the same command again"
+    ]
+    assert not output.exists()
 
 
 def test_max_bytes_bounds_the_text(corpus: Path) -> None:

@@ -16,6 +16,8 @@ import random
 import re
 import shutil
 import socket
+import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import xxhash
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from titans_train.data import shared_memory
 from titans_train.data.errors import DataError
@@ -34,8 +36,9 @@ _LOCKS = 256  # files; two shards may share one
 _FOREIGN_SECONDS = 24 * 3600  # how long what another host is making stays,
 _FOREIGN_ROOM_SECONDS = 3600  # and how long the room that it asked for counts
 _OPENING_TRIES = 10
-_WAIT_SECONDS = 600.0  # for room that other processes are filling
-_STAMP = re.compile(r"\.(?:part|shared|room-(?P<bytes>\d+))~(?P<host>[0-9a-f]{16})-(?P<pid>\d+)-(?P<started>\d+)-")
+_WAIT_SECONDS = 600.0  # for room that other processes are filling, and for a lock that they hold
+_SILENT_SECONDS = 10.0  # of waiting for a lock; then it is said
+_STAMP = re.compile(r"(?:\.part|shared|\.room-(?P<bytes>\d+))~(?P<host>[0-9a-f]{16})-(?P<pid>\d+)-(?P<started>\d+)-")
 _GIB = 2**30
 _numbers = itertools.count()
 
@@ -77,34 +80,46 @@ class Cache:
         return folder
 
     def clean(self) -> int:
-        """Remove what killed processes left, half made files and shared memory; the number of files.
-
-        What a living process makes or uses stays.
-        """
+        """Remove the half made files that killed processes left; the number of them. A living process's stay."""
         removed = 0
         for entry in _files(self.make()):
             if (match := _STAMP.search(entry.name)) and not _living(match, entry):
-                path = Path(entry.path)
-                if ".shared~" in path.name:
-                    with contextlib.suppress(FileNotFoundError):
-                        removed += shared_memory.remove(path.read_text("utf-8")) if match["host"] == host() else 0
-                else:
-                    removed += 1
-                path.unlink(missing_ok=True)
+                Path(entry.path).unlink(missing_ok=True)
+                removed += 1
         return removed
 
     def note_shared_memory(self) -> None:
-        """Write down what this process and those below it have in /dev/shm now, to be cleaned should they be killed."""
-        (self.make() / f".shared~{_stamp()}").write_text(shared_memory.listing(), "utf-8")
+        """As the function; the notes of a user's runs are together, whatever their caches."""
+        note_shared_memory()
 
-    def lock(self, key: str) -> FileLock:
-        """One process of this user at a time works on `key`, and waits here for the others. Hold one key at a time."""
+    def lock(self, key: str) -> contextlib.AbstractContextManager[None]:
+        """One process of this user at a time works on `key`, and waits here for the others. Hold one key at a time.
+
+        DataError: another one has held it for _WAIT_SECONDS.
+        """
         return self._lock_file(f"{xxhash.xxh64_intdigest(key) % _LOCKS:03}")
 
-    def _lock_file(self, name: str) -> FileLock:
+    @contextlib.contextmanager
+    def _lock_file(self, name: str) -> Iterator[None]:
         folder = self.make() / "locks"
         folder.mkdir(exist_ok=True)
-        return FileLock(folder / name)
+        lock = FileLock(folder / name)
+        try:
+            try:
+                lock.acquire(timeout=min(_SILENT_SECONDS, _WAIT_SECONDS))
+            except Timeout:
+                text = f"waiting for {folder / name}, which another process of this user holds"
+                print(text, file=sys.stderr, flush=True)
+                lock.acquire(timeout=max(_WAIT_SECONDS - _SILENT_SECONDS, 0))
+        except Timeout as error:
+            raise DataError(
+                f"{folder / name} was held by another process for {_WAIT_SECONDS:.0f} s: a stopped or hung one of "
+                f"yours; find it with fuser {folder / name} and end it, or set data.cache to another folder"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def temporary(self, path: Path) -> Path:
         """A name beside `path` for what will become it; its folder now exists."""
@@ -175,6 +190,37 @@ class Cache:
             Path(path + MARKER).unlink(missing_ok=True)
             total -= size
         return total <= self.limit
+
+
+def note_shared_memory() -> None:
+    """Write down what this process and those below it have in /dev/shm now, for `clean_shared_memory`.
+
+    A run needs no note: without one, as on a full disk, what it would leave when killed stays.
+    """
+    with contextlib.suppress(OSError):
+        if (folder := _notes()) is not None:
+            (folder / f"shared~{_stamp()}").write_text(shared_memory.listing(), "utf-8")
+
+
+def clean_shared_memory() -> int:
+    """Remove the shared memory that killed processes of this user noted on this node; the number of files."""
+    removed = 0
+    with contextlib.suppress(OSError):
+        for entry in _files(folder) if (folder := _notes()) is not None else ():
+            if (match := _STAMP.search(entry.name)) and not _living(match, entry):
+                with contextlib.suppress(FileNotFoundError):
+                    removed += shared_memory.remove(Path(entry.path).read_text("utf-8"))
+                    Path(entry.path).unlink()
+    return removed
+
+
+def _notes() -> Path | None:
+    """A folder of this node that only this user may write to; None where its name is taken. OSError: no room."""
+    folder = Path(tempfile.gettempdir()) / f"titans-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    info = folder.lstat()
+    ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o077
+    return folder if ours else None
 
 
 def _make_in_shared(folder: Path) -> None:

@@ -176,14 +176,14 @@ class _Readers:
         self._asked: SimpleQueue[bool] = SimpleQueue()  # one step ahead; False: no more
         self._answers: SimpleQueue[Any] = SimpleQueue()
         self._failed = False
-        # The processes end with the thread that started them, so that cannot be this one.
+        # The processes end with the thread that started them: the caller, not this one.
         self._thread = threading.Thread(target=_answer, args=([items], self._asked, self._answers), daemon=True)
         self._thread.start()
         self._asked.put(True)
         atexit.register(self.end)  # runs before Python waits for the processes, which it does without a limit
 
     def next(self) -> Any:
-        """DataError: a reader has died, or no batch has come within the limit."""
+        """An item. DataError: a reader has died, or no batch has come within the limit."""
         try:
             answer = self._answers.get(timeout=self._limit)
         except Empty:
@@ -193,7 +193,7 @@ class _Readers:
                 "the cache hanging, or was a reader process stopped? If it is only slow, raise the limit or "
                 "data.workers"
             ) from None
-        if not isinstance(answer, Exception):
+        if not isinstance(answer, Exception) or isinstance(answer, DataError):
             self._asked.put(True)
             return answer
         self._failed = True

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from data_prep.manifest import FILE_NAME, Manifest, ManifestError, ShardEntry, hash_stream
 from titans_train.data import opened
-from titans_train.data.cache import Cache
+from titans_train.data.cache import Cache, clean_shared_memory
 from titans_train.data.errors import DataError
 from titans_train.data.mds import MdsFile, Tokens
 from titans_train.data.remote import Remote, is_remote
@@ -95,7 +95,13 @@ class ShardStore:
         missing = []
         for source in self.sources:
             folder = Path(self.path) / self.split / source
-            present = set(os.listdir(folder)) if folder.is_dir() else set()
+            try:
+                present = set(os.listdir(folder)) if folder.is_dir() else set()
+            except OSError as error:
+                raise DataError(
+                    f"cannot read {folder} ({error.strerror}); give this user read and execute permission for it and "
+                    "the folders above, or set data.path to a folder that can be read"
+                ) from error
             for shard in self.manifest.splits[self.split][source].shards:
                 if shard.stored.name not in present:
                     missing.append(folder / shard.stored.name)
@@ -108,58 +114,60 @@ class ShardStore:
         return sum(sorted((self._files.room(shard) for _, shard in self._shards), reverse=True)[:count])
 
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each document [documents], its end-of-document token included; mapped where one source is read.
+        """Tokens of each document [documents], its end-of-document token included.
 
+        Kept in memory, 8 bytes a document in each process: a mapped file could be changed or cut under a run.
         DataError: a lengths file that disagrees with the manifest.
         """
         if self._lengths is None:
             parts = [self._source_lengths(source) for source in self.sources]
-            self._lengths = parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
+            self._lengths = np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else np.zeros(0, np.int64)
+            self._lengths.setflags(write=False)
         return self._lengths
 
     def _source_lengths(self, source: str) -> NDArray[np.int64]:
         folder, entry = f"{self.split}/{source}", self.manifest.splits[self.split][source]
-        lengths = _retried(lambda: np.load(self._files.copy(folder, entry.lengths), mmap_mode="r"))
+        label = f"{self.path}/{folder}/{entry.lengths.name}"
+
+        def verified() -> bytes:
+            content = self._files.copy(folder, entry.lengths).read_bytes()
+            if hash_stream(io.BytesIO(content))[1] != entry.lengths.xxh64:
+                raise FileNotFoundError("its copy in the cache is changed again and again, by other processes")
+            return content
+
+        try:
+            lengths: Integers = np.load(io.BytesIO(_retried(verified)))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{label}: {error}; {REMEDY}") from error
         if lengths.shape != (entry.documents,) or int(lengths.sum()) != entry.tokens:
             raise DataError(
-                f"{self.path}/{folder}/{entry.lengths.name}: {len(lengths)} documents of {int(lengths.sum())} tokens, "
+                f"{label}: {len(lengths)} documents of {int(lengths.sum())} tokens, "
                 f"the manifest says {entry.documents} of {entry.tokens}; prepare the data again"
             )
         return lengths
 
     def tokens(self, document: int, begin: int, end: int) -> Tokens:
-        """Tokens [begin, end) of a document, of the manifest's dtype, read-only; nothing else of it is read.
-
-        DataError: a range outside of it, a shard that cannot be trusted, or another length than `lengths` says.
-        """
-        number, index = self._place(document)
-        length = int(self.lengths()[document])
-        if not 0 <= begin < end <= length:
-            raise DataError(f"{self._label(number)}, document {document}: tokens {begin} to {end} of {length}")
-        tokens = self._read(number, document, lambda file: file.tokens(index, begin, end, self.dtype, length))
-        tokenizer = self.manifest.tokenizer
-        if end == length and tokens[-1] != tokenizer.end_of_document:
-            raise DataError(
-                f"{self._label(number)}, document {document}: its last token is {int(tokens[-1])}, expected "
-                f"{tokenizer.end_of_document}; {REMEDY}"
-            )
-        if (largest := int(tokens.max())) >= tokenizer.vocabulary:
-            raise DataError(
-                f"{self._label(number)}, document {document}: token {largest}, expected below {tokenizer.vocabulary}; "
-                f"{REMEDY}"
-            )
-        return tokens
+        """Tokens [begin, end) of a document, of `dtype`. DataError as `read`, or no such document."""
+        self._place(document)
+        out = np.empty(max(end - begin, 0), self.dtype)
+        number, first, last = (np.array([value], np.int64) for value in (document, begin, end))
+        self.read(number, first, last, out, np.zeros(1, np.int64))
+        return out
 
     def read(self, documents: Integers, begins: Integers, ends: Integers, out: Tokens, positions: Integers) -> None:
         """Tokens [begin, end) of each document into `out`, of `dtype`, from `position` on in its flat order.
 
-        Nothing else is read, and a document's shard is found, checked and read as by `tokens`. DataError as there.
+        Nothing else is read. DataError: a range outside of its document, a shard that cannot be trusted, or tokens
+        that the tokenizer cannot have given.
         """
-        lengths = np.asarray(self.lengths())[documents]
+        lengths = self.lengths()[documents]
+        shards = self._ends.searchsorted(documents, side="right")
         if (wrong := np.flatnonzero((begins < 0) | (begins > ends) | (ends > lengths))).size:
             n = int(wrong[0])
-            raise DataError(f"document {documents[n]}: tokens {begins[n]} to {ends[n]} of {lengths[n]}")
-        shards = self._ends.searchsorted(documents, side="right")
+            raise DataError(
+                f"{self._label(int(shards[n]))}, document {documents[n]}: tokens {begins[n]} to {ends[n]} of "
+                f"{lengths[n]}; {REMEDY}"
+            )
         index, size = documents - (self._ends - self.documents_per_shard)[shards], self.dtype.itemsize
         columns = (shards, index, (lengths - begins) * size, (ends - begins) * size, positions * size)
         pieces = list(zip(*(column.tolist() for column in columns), strict=True))
@@ -168,7 +176,8 @@ class ShardStore:
             failed = self._fill(pieces, out.data.cast("B"), files)
             changed = [shard for shard, file in files.items() if not file.unchanged()]
             if not changed and failed is None:
-                self._check_vocabulary(out)
+                last = (ends == lengths) & (ends > begins)
+                self._check_tokens(out.reshape(-1), documents, positions, positions + (ends - begins), last)
                 return
             if not changed and failed is not None:
                 raise DataError(f"{self._label(failed[0])}: {failed[1]}; {REMEDY}") from failed[1]
@@ -196,10 +205,22 @@ class ShardStore:
             return shard, error
         return None
 
-    def _check_vocabulary(self, tokens: Tokens) -> None:
-        vocabulary = self.manifest.tokenizer.vocabulary
-        if tokens.size and (largest := int(tokens.max())) >= vocabulary:
-            raise DataError(f"{self.path}, {self.split}: token {largest}, expected below {vocabulary}; {REMEDY}")
+    def _check_tokens(
+        self, tokens: Tokens, documents: Integers, begins: Integers, ends: Integers, last: NDArray[np.bool_]
+    ) -> None:
+        """`begins`, `ends`: where each piece lies in `tokens`. `last`: whether it is the end of its document."""
+        expected, vocabulary = self.manifest.tokenizer.end_of_document, self.manifest.tokenizer.vocabulary
+        places = ends[last] - 1
+        if (wrong := np.flatnonzero(tokens[places] != expected)).size:
+            document, found = documents[last][wrong[0]], tokens[places[wrong[0]]]
+            what = f"its last token is {found}, expected {expected}"
+        elif tokens.size and int(tokens.max()) >= vocabulary:
+            place = int(tokens.argmax())
+            document = documents[(begins <= place) & (place < ends)][0]
+            what = f"token {tokens[place]}, expected below {vocabulary}"
+        else:
+            return
+        raise DataError(f"{self._label(self._place(int(document))[0])}, document {document}: {what}; {REMEDY}")
 
     def name(self, document: int) -> str:
         """What a document was called when it was prepared. DataError as `tokens`."""
@@ -215,7 +236,7 @@ class ShardStore:
 
     def _label(self, number: int) -> str:
         folder, shard = self._shards[number]
-        return f"shard {folder}/{shard.raw.name}"
+        return f"shard {self.path}/{folder}/{shard.raw.name}"
 
     def _read(self, number: int, document: int, read: Callable[[MdsFile], _Result]) -> _Result:
         """From a verified shard that did not change while it was read."""
@@ -275,6 +296,7 @@ def text_hash(text: str) -> str:
 def _clean(cache: Cache) -> None:
     """Once per process."""
     cache.clean()
+    clean_shared_memory()
 
 
 def _retried(action: Callable[[], _Result]) -> _Result:

@@ -71,7 +71,7 @@ class VerifiedFiles:
         return shard.raw.bytes + (shard.compressed.bytes if shard.compressed is not None else 0)
 
     def copy(self, folder: str, file: FileEntry) -> Path:
-        """A stored file in the cache, where nobody cuts it while it is mapped. DataError as `raw_shard`."""
+        """A stored file in the cache, which many processes read. DataError as `raw_shard`."""
         return self._cached(folder, file, lambda target: self._bring(folder, file, target), file.bytes)
 
     def marker(self, folder: str, file: FileEntry) -> Path:
@@ -130,7 +130,7 @@ class VerifiedFiles:
         finally:
             zipped.unlink(missing_ok=True)
         if found := difference(target, shard.raw):
-            raise DataError(f"shard {folder}/{shard.raw.name}, decompressed, {found}; {REMEDY}")
+            raise DataError(f"shard {self.path}/{folder}/{shard.raw.name}, decompressed, {found}; {REMEDY}")
 
     def _bring(self, folder: str, file: FileEntry, target: Path) -> None:
         """A checked copy of a stored file at `target`."""
