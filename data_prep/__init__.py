@@ -6,6 +6,7 @@
     readers.py   a unit -> documents             arrange.py  tables -> duplicates, splits, shard borders
     prepare.py   the three steps, in order       shards.py   tokens -> one shard
     work.py      what a stopped run has done     output.py   the finished folder in its place
+    claim.py     whose an S3 output is           bad.py      records that are no document
 
 A unit and a shard are each one process's piece of work (pool.py), whole or absent (durable.py), and a function of the
 input and the settings alone; so the number of workers and any kill on the way leave no trace in the result.

@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     reading.add_argument(
         "--max-bad-share", type=float, metavar="SHARE", help=f"more rejected records end the run; default: {_BAD_SHARE}"
     )
+    reading.add_argument("--skip-damaged-files", action="store_true", help="keep what can be read of damaged files")
     reading.add_argument("--max-bytes", type=parse_size, metavar="SIZE", help="stop after this much text")
     reading.add_argument("--keep-duplicates", action="store_true", help="exact copies of a document stay")
 
@@ -133,6 +134,7 @@ def make_job(options: argparse.Namespace) -> Job:
     return Job(
         *found, tokenizer, options.output, read, settings, options.work, options.restart, options.workers,
         limit if options.max_bad_share is None else options.max_bad_share, options.quiet,
+        options.skip_damaged_files,
     )  # fmt: skip
 
 

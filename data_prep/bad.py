@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from data_prep.durable import whole_file
 from data_prep.errors import PrepareError
 from data_prep.prefix import Prefix
-from data_prep.records import EMPTY
+from data_prep.records import EMPTY, UNREADABLE_FILE
 from data_prep.sources import SourceFile, Unit
 from data_prep.storage import open_input, open_stream
 from data_prep.units import WHOLE_FILE, UnitRecord, lines_before, read_rejected, read_rows
@@ -67,6 +67,18 @@ def check_share(folder: Path, units: Sequence[Unit], prefix: Prefix, limit: floa
         f"may be (--max-bad-share). Most often ({count:,} times): {reason}, as in {place(example, 'path')}: "
         f"{example['detail']}. Mend the input, or run again with a higher --max-bad-share"
     )
+
+
+def check_damaged(folder: Path, units: Sequence[Unit], prefix: Prefix) -> None:
+    """PrepareError when a file could not be read to its end: nobody knows how many documents are lost with it."""
+    count = prefix.rejected[UNREADABLE_FILE]
+    if count:
+        found = rejected_records(folder, units, prefix.records)
+        example = next(item for item in found if item["reason"] == UNREADABLE_FILE)
+        raise PrepareError(
+            f"{count:,} damaged files, as {place(example, 'path')}: {example['detail']}. Fetch them again, leave them "
+            "out, or keep what can be read of them with --skip-damaged-files"
+        )
 
 
 def write_rejected(

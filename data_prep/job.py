@@ -34,6 +34,7 @@ class Job:
     workers: int | None = None  # None: one per CPU, fewer for little input
     max_bad_share: float = 0.01
     quiet: bool = False
+    skip_damaged_files: bool = False
 
     def __post_init__(self) -> None:
         self.settings.check()

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from contextlib import closing
 
 from data_prep import arrange, claim, output, space
-from data_prep.bad import JUDGED_FROM, check_share, check_source_field
+from data_prep.bad import JUDGED_FROM, check_damaged, check_share, check_source_field
 from data_prep.columns import BYTES_PER_DOCUMENT, Columns, load_columns
-from data_prep.errors import PrepareError
+from data_prep.errors import InputChangedError, PrepareError
 from data_prep.finish import Sums, make_manifest
 from data_prep.job import Job
 from data_prep.manifest import Manifest
@@ -95,6 +95,8 @@ class _Run:
             shards = self._write(columns)
             manifest = make_manifest(job, place, self.units, prefix.records, columns, sums, shards)
             output.publish(place, manifest, self.claim)
+        except InputChangedError:
+            raise
         except PrepareError as error:
             raise PrepareError(
                 f"{error}. What is done is kept in {place.work}: the same command goes on from there, --restart begins "
@@ -138,7 +140,7 @@ class _Run:
 
     def _tokenise(self) -> Prefix:
         """All units, or the first ones that hold --max-bytes of text."""
-        folder, limit = self.place.units, self.job.max_bad_share
+        folder = self.place.units
         found = [find_record(folder, unit, self.writer.key) for unit in self.units]
         prefix = Prefix(self.job.settings.max_bytes)
         for record in found:
@@ -154,17 +156,22 @@ class _Run:
             for record in results:
                 self.made.add(record.number)
                 if prefix.add(record):
-                    check_share(folder, self.units, prefix, limit, final=False)
+                    self._check_records(prefix, final=False)
                     prefix.check_sources()
                     self._say_none_named(prefix)
                 if prefix.full:
                     break
                 if len(self.made) == len(left) // 2:  # so that nobody waits for it later
                     self.pool.warm(PRELOAD)
-        check_share(folder, self.units, prefix, limit, final=True)
+        self._check_records(prefix, final=True)
         prefix.check_sources()
         check_source_field(prefix, self.job.files, self.job.read.source_field)
         return prefix
+
+    def _check_records(self, prefix: Prefix, final: bool) -> None:
+        if not self.job.skip_damaged_files:
+            check_damaged(self.place.units, self.units, prefix)
+        check_share(self.place.units, self.units, prefix, self.job.max_bad_share, final)
 
     def _say_none_named(self, prefix: Prefix) -> None:
         """Once, and early: it may be meant, where texts without fields come first."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import IO, Any
 
-from data_prep.errors import PrepareError
+from data_prep.errors import InputChangedError
 from data_prep.pieces import READ_BYTES, Piece, pieces, start_of
 from data_prep.records import (
     REASONS,
@@ -137,8 +137,8 @@ def _check_unchanged(file: SourceFile, now: FileState) -> None:
         raise _changed(file, "was written to after it was found")
 
 
-def _changed(file: SourceFile, how: str) -> PrepareError:
-    return PrepareError(
+def _changed(file: SourceFile, how: str) -> InputChangedError:
+    return InputChangedError(
         f"{printable(file.path)} {how}; let nothing write it, and start again with --restart when it is at rest"
     )
 

@@ -120,7 +120,7 @@ def find_files(
                 left_out["unknown kind of file"] += 1
                 continue
             name = (os.path.basename(root) + info.path.removeprefix(root)).lstrip("/")
-            found = len(root), root, SourceFile(info.path, name, info.bytes, info.mtime_ns)
+            found = len(root), root, SourceFile(info.path, storage.printable(name), info.bytes, info.mtime_ns)
             files[place] = min(found, files.get(place, found), key=lambda item: (*item[:2], item[2].path))
     if not files:
         raise PrepareError(f"no {' '.join(suffixes)} file in {' '.join(inputs)}; name a folder that holds text")
@@ -140,7 +140,7 @@ def default_corpus() -> Found:
     """
     root = sysconfig.get_paths()["stdlib"]
     infos = [i for i in storage.list_files(root, DEFAULT_SKIPPED_FOLDERS) if i.path.endswith(DEFAULT_SUFFIXES)]
-    files = [SourceFile(info.path, os.path.relpath(info.path, root), info.bytes) for info in infos]
+    files = [SourceFile(info.path, storage.printable(os.path.relpath(info.path, root)), info.bytes) for info in infos]
     files.sort(key=lambda file: file.name)
     return files, {}, _fingerprint([platform.python_version(), *([file.name, file.bytes] for file in files)])
 

@@ -158,6 +158,7 @@ def _tokenise(writer: UnitWriter, unit: Unit, tokenizer: Tokenizer) -> UnitRecor
         content = _Content(tokenizer, writer.settings, whole, *streams)
         reader = read_unit(unit, writer.read)
         content.add_all(iter(reader))
+        reader.check()
     tokens, documents, rejected = (stream.entry() for stream in streams)
     record = UnitRecord(
         unit.number, unit.key(), writer.key, tokens, documents, rejected, content.text_bytes,

@@ -64,6 +64,14 @@ def test_the_start_of_another_run_removes_it(prepared: Path, tmp_path: Path, mon
     assert not any(path.exists() for path in left)
 
 
+def test_a_process_has_one_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for _ in range(3):
+        note_shared_memory()
+    (note,) = tmp_path.glob("*/*")
+    assert clean_shared_memory() == 0 and note.exists()  # it lives
+
+
 def test_a_folder_of_notes_that_others_may_write_to_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

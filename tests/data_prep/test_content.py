@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -255,3 +257,38 @@ def test_the_report_is_a_table_and_a_picture(tmp_path: Path) -> None:
     assert total.endswith(f" {lengths[-1]} |") and report.count("| validation | s") == 12
     picture = content(tmp_path / "out")["report.png"]
     assert picture.startswith(b"\x89PNG") and b"Software" not in picture and len(picture) > 10_000
+
+
+def test_a_damaged_file_ends_the_run_unless_it_is_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = "".join(json.dumps({"text": f"document {number} " * 9}) + "\n" for number in range(3000))
+    (tmp_path / "good.jsonl").write_text(lines.replace("document", "text"))
+    whole = gzip.compress(lines.encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    inputs = [
+        "--input",
+        str(tmp_path / "good.jsonl"),
+        str(tmp_path / "cut.jsonl.gz"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(inputs) == 2
+    error = capsys.readouterr().err
+    assert "1 damaged files, as " in error and "cut.jsonl.gz:" in error and "--skip-damaged-files" in error
+    assert main([*inputs, "--skip-damaged-files"]) == 0
+    documents = sum(entry["text"].documents for entry in manifest_of(tmp_path / "out").splits.values())
+    assert 4000 < documents < 6000
+    (rejected,) = (json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
+    assert rejected["reason"] == "unreadable file" and rejected["line"] == documents - 3000 + 1
+
+
+def test_file_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in range(30):
+        path = os.fsencode(tmp_path / "texts") + b"/caf\xe9-%02d.txt" % number
+        with open(path, "w") as file:
+            file.write(f"text number {number} " * 5)
+    assert (
+        main(["--input", str(tmp_path / "texts"), "--output", str(tmp_path / "out"), "--validation-share", "0.3"]) == 0
+    )
+    names = [name for split in ("train", "validation") for name in documents_of(tmp_path / "out", split)]
+    assert len(names) == 30 and all(name.encode("utf-8") and "caf" in name for name in names)

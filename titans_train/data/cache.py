@@ -199,7 +199,7 @@ def note_shared_memory() -> None:
     """
     with contextlib.suppress(OSError):
         if (folder := _notes()) is not None:
-            (folder / f"shared~{_stamp()}").write_text(shared_memory.listing(), "utf-8")
+            (folder / f"shared~{_maker()}").write_text(shared_memory.listing(), "utf-8")
 
 
 def clean_shared_memory() -> int:
@@ -247,7 +247,11 @@ def _files(folder: Path | str) -> Iterator[os.DirEntry[str]]:
 
 
 def _stamp() -> str:
-    return f"{host()}-{os.getpid()}-{_started(os.getpid())}-{next(_numbers)}"
+    return f"{_maker()}{next(_numbers)}"
+
+
+def _maker() -> str:
+    return f"{host()}-{os.getpid()}-{_started(os.getpid())}-"
 
 
 def _living(stamp: re.Match[str], entry: os.DirEntry[str]) -> bool:
