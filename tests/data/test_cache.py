@@ -1,6 +1,7 @@
 """The cache's limit, its users, and what killed processes leave in it."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -169,6 +170,20 @@ def _is_free(cache: Cache) -> bool:
                 return True
         except DataError:
             return False
+
+
+def test_a_lock_file_that_cannot_be_made_is_an_error_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("titans_train.data.cache.FileLock.acquire", full)
+    with (
+        pytest.raises(DataError, match=r"lock file /.*/locks/\d+ \(No space left on device\); free .* set data\.cache"),
+        Cache(tmp_path / "cache").lock("shard"),
+    ):
+        pass
 
 
 def test_a_lock_that_a_stopped_process_holds_is_waited_for_with_a_limit(

@@ -102,9 +102,9 @@ class Cache:
     @contextlib.contextmanager
     def _lock_file(self, name: str) -> Iterator[None]:
         folder = self.make() / "locks"
-        folder.mkdir(exist_ok=True)
         lock = FileLock(folder / name)
         try:
+            folder.mkdir(exist_ok=True)
             try:
                 lock.acquire(timeout=min(_SILENT_SECONDS, _WAIT_SECONDS))
             except Timeout:
@@ -115,6 +115,11 @@ class Cache:
             raise DataError(
                 f"{folder / name} was held by another process for {_WAIT_SECONDS:.0f} s: a stopped or hung one of "
                 f"yours; find it with fuser {folder / name} and end it, or set data.cache to another folder"
+            ) from error
+        except OSError as error:
+            raise DataError(
+                f"cannot make the lock file {folder / name} ({error.strerror}); free space on the disk of the data "
+                "cache, or set data.cache to another folder"
             ) from error
         try:
             yield
