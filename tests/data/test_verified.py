@@ -1,10 +1,12 @@
 """Shards from an object store: the right tokens, or an error that names the object, never other tokens."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from data_prep.manifest import Manifest
 from tests.data.folders import flip, open_store, read_all
 from tests.faults import Faults, Kind, proxy
 from tests.s3 import BUCKET, client, environment, s3_server, set_environment, upload
@@ -131,11 +133,13 @@ def test_a_missing_remote_shard_is_an_error(
 def test_a_remote_manifest_is_fetched_with_every_start(
     server: str, faults: Faults, prepared: Path, tmp_path: Path
 ) -> None:
-    before = open_store(url("compressed"), tmp_path).fingerprint
     manifest = (prepared / "manifest.json").read_bytes()
-    client(server).put_object(Bucket=BUCKET, Key="compressed/manifest.json", Body=manifest + b"\n")
+    stored = Manifest.from_text(manifest.decode(), "here")
+    assert open_store(url("compressed"), tmp_path).manifest.tool == stored.tool
+    changed = replace(stored, tool="another").to_text().encode()
+    client(server).put_object(Bucket=BUCKET, Key="compressed/manifest.json", Body=changed)
     try:
-        assert open_store(url("compressed"), tmp_path).fingerprint != before
+        assert open_store(url("compressed"), tmp_path).manifest.tool == "another"
     finally:
         client(server).put_object(Bucket=BUCKET, Key="compressed/manifest.json", Body=manifest)
     with pytest.raises(

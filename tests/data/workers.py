@@ -106,7 +106,7 @@ def hold_shared_memory(temporary: str) -> None:
 def meet_a_stopped_reader(prepared: str, runs: str, ending: str) -> None:
     """Read with two reader processes, one of which is stopped while its batches are queued; then go on, or end."""
     config = run_config(Path(prepared), Path(runs), workers=2)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"timeout_seconds": 2})})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"timeout_seconds": 8})})
     reading = loader(open_dataset(config), make_plan(config, 1))
     next(reading)
     time.sleep(2)

@@ -115,7 +115,7 @@ def wait(folder: Path, options: argparse.Namespace) -> Row:
     """A run of the config, two processes with a reader each; needs its data prepared."""
     rows = []
     for number in range(options.rounds):
-        settings = [f"run.folder={folder}", f"run.name=wait-{number}", "training.steps=60"]
+        settings = [f"run.folder={folder}", f"run.name=wait-{number}", "training.steps=40", "optimizer.warmup_steps=4"]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += ["-m", "titans_train", "train", options.config, *settings]
         subprocess.run(command, check=True, capture_output=True)

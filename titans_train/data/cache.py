@@ -45,7 +45,8 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Cache:
-    """`root`: may be shared by users. `limit`: bytes that this user's files may take, None for no limit.
+    """`root`: may be shared by users. `limit`: bytes that this user's files may take, None for no limit; the marker
+    of a file just made, some 100 bytes, may come on top.
 
     Before a file is made, the least recently used ones go, whichever data set they belong to. A process that has a
     removed file open keeps it until it closes it.

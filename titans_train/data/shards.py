@@ -6,6 +6,7 @@ Every shard is checked when a process first opens it, in the calling thread, and
 from __future__ import annotations
 
 import io
+import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable
@@ -34,8 +35,8 @@ class ShardStore:
     """Documents of one split of a prepared folder, local or remote. Cheap to send to another process.
 
     `sources`: names of those read, sorted; their documents follow each other. `documents`, `tokens_total`,
-    `text_bytes`: sums over them. `documents_per_shard` [shards] int64. `fingerprint`: 16 hex digits that change
-    whenever the data does.
+    `text_bytes`: sums over them. `documents_per_shard` [shards] int64. `fingerprint`: 16 hex digits of the tokens and
+    their order, wherever and however they are stored.
     """
 
     def __init__(
@@ -58,7 +59,8 @@ class ShardStore:
         self.documents = sum(entry.documents for entry in entries)
         self.tokens_total = sum(entry.tokens for entry in entries)
         self.text_bytes = sum(entry.text_bytes for entry in entries)
-        self.fingerprint = text_hash(text if source is None else f"{text}\n{source}")
+        contents = [[entry.lengths.xxh64, *(shard.raw.xxh64 for shard in entry.shards)] for entry in entries]
+        self.fingerprint = text_hash(json.dumps([self.manifest.tokenizer.sha256, self.manifest.dtype, contents]))
         # In the cache by content: one folder serves several data sets, and changed data starts anew.
         self._files = VerifiedFiles(self.path, text_hash(text), cache, remote)
         self._shards: list[tuple[str, ShardEntry]] = [
@@ -70,7 +72,8 @@ class ShardStore:
         self._ends = np.cumsum(self.documents_per_shard)
         self._first: list[int] = [0, *self._ends.tolist()]
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        self._identity = f"{cache.folder}/{self.fingerprint}/{split}/{self.path}"  # of the open files of this process
+        # Of the open files of this process.
+        self._identity = f"{cache.folder}/{self._files.name}/{split}/{','.join(self.sources)}/{self.path}"
         self._lengths: NDArray[np.int64] | None = None
         self._check_present()
 
