@@ -24,24 +24,24 @@ class MdsFile:
 
     def __init__(self, path: Path, documents: int) -> None:
         """OSError: cannot be read. ValueError: the table of offsets is not that of `documents` samples."""
-        self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.path = path
-        info = os.fstat(self._descriptor)
+        info = os.fstat(self.descriptor)
         self._state = _state(info)
         table = np.frombuffer(self._read(0, 4 * (documents + 2)), "<u4")
         self._offsets = table[1:].copy()
-        self._table = self._offsets.data  # faster to index
+        self.ends = self._offsets[1:].data  # of each document, in bytes; fast to index
         if int(table[0]) != documents or not check_offsets(table[1:], info.st_size):
             raise ValueError(f"expected {documents} documents, its table says {table[0]}, or its offsets are wrong")
 
     def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
     def unchanged(self) -> bool:
         """Whether nobody has written to the file since it was opened."""
-        now = _state(os.fstat(self._descriptor))
+        now = _state(os.fstat(self.descriptor))
         return now == self._state or (now[3] == 0 and now[:3] == self._state[:3])
 
     def is_at(self, path: Path) -> bool:
@@ -50,7 +50,7 @@ class MdsFile:
 
     def removed(self) -> bool:
         """Whether the file has no name any more, so that its bytes are free when it is closed."""
-        return os.fstat(self._descriptor).st_nlink == 0
+        return os.fstat(self.descriptor).st_nlink == 0
 
     def lengths(self, itemsize: int) -> NDArray[np.int64]:
         """Tokens of each document, of `itemsize` bytes each, from all headers.
@@ -90,10 +90,10 @@ class MdsFile:
 
         ValueError: it has fewer. Its header is not read: the table says where it ends.
         """
-        begin, end = self._table[index], self._table[index + 1]
+        begin, end = int(self._offsets[index]), self.ends[index]
         if before_end > end - begin - _HEADER:
             raise ValueError(f"it has {end - begin - _HEADER} bytes, {before_end} of tokens expected")
-        if os.preadv(self._descriptor, (buffer,), end - before_end) != len(buffer):  # cut, or interrupted
+        if os.preadv(self.descriptor, (buffer,), end - before_end) != len(buffer):  # cut, or interrupted
             buffer[:] = self._read(end - before_end, len(buffer))
 
     def _sizes(self, index: int) -> tuple[int, int, int]:
@@ -106,9 +106,9 @@ class MdsFile:
         return begin, name, tokens
 
     def _read(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor, size, offset)
+        data = os.pread(self.descriptor, size, offset)
         while len(data) < size:
-            more = os.pread(self._descriptor, size - len(data), offset + len(data))
+            more = os.pread(self.descriptor, size - len(data), offset + len(data))
             if not more:
                 raise ValueError(f"it ends at byte {offset + len(data)}, expected {offset + size} or more")
             data += more

@@ -70,6 +70,7 @@ class ShardStore:
         ]
         self.documents_per_shard = np.array([shard.documents for _, shard in self._shards], np.int64)
         self._ends = np.cumsum(self.documents_per_shard)
+        self._begins = self._ends - self.documents_per_shard
         self._first: list[int] = [0, *self._ends.tolist()]
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         # Of the open files of this process.
@@ -165,13 +166,13 @@ class ShardStore:
         """
         lengths = self.lengths()[documents]
         shards = self._ends.searchsorted(documents, side="right")
-        if (wrong := np.flatnonzero((begins < 0) | (begins > ends) | (ends > lengths))).size:
-            n = int(wrong[0])
+        if (wrong := (begins < 0) | (begins > ends) | (ends > lengths)).any():
+            n = int(wrong.argmax())
             raise DataError(
                 f"{self._label(int(shards[n]))}, document {documents[n]}: tokens {begins[n]} to {ends[n]} of "
                 f"{lengths[n]}; {REMEDY}"
             )
-        index, size = documents - (self._ends - self.documents_per_shard)[shards], self.dtype.itemsize
+        index, size = documents - self._begins[shards], self.dtype.itemsize
         columns = (shards, index, (lengths - begins) * size, (ends - begins) * size, positions * size)
         pieces = list(zip(*(column.tolist() for column in columns), strict=True))
         for _ in range(_TRIES):
@@ -196,12 +197,15 @@ class ShardStore:
         Puts the files it opens into `files`. The shard that failed and why, if one did. Runs for every document read.
         """
         shard = 0
+        preadv = os.preadv
         try:
             for shard, index, before_end, count, place in pieces:
                 file = files.get(shard)
                 if file is None:
                     file = files[shard] = self._file(shard)
-                file.read_into(index, before_end, buffer[place : place + count])
+                into = buffer[place : place + count]
+                if preadv(file.descriptor, (into,), file.ends[index] - before_end) != count:
+                    file.read_into(index, before_end, into)
         except DataError:
             raise
         except (OSError, ValueError) as error:
