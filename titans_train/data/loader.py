@@ -6,13 +6,8 @@ the global batch does not depend on ranks, workers or micro-batches, and a resum
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.context import BaseContext
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from titans_train.data.cursor import Cursor
 from titans_train.data.dataset import TokenDataset
 from titans_train.data.errors import DataError
-from titans_train.data.parent import end_with_parent, state_of
+from titans_train.data.readers import Readers, start_worker, worker_context
 from titans_train.data.recall import RecallDataset
 
 if TYPE_CHECKING:
@@ -30,8 +25,6 @@ if TYPE_CHECKING:
     from titans_train.plan import Plan
 
 _STEPS_AHEAD = 2  # per worker
-_ENDING_SECONDS = 5.0  # for reader processes to end by themselves
-_abandoned: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -128,7 +121,7 @@ def loader(
 def _read(steps: _RankSteps, data: Data) -> Iterator[list[Batch]]:
     """Worker w reads steps w, w + workers, ...; torch's DataLoader puts them back in order."""
     items = _start(steps, data)
-    readers = _Readers(items, data.timeout_seconds) if data.workers else None
+    readers = Readers(items, data.timeout_seconds) if data.workers else None
     try:
         if readers is not None:
             del items  # the readers' thread ends them
@@ -149,10 +142,10 @@ def _start(steps: _RankSteps, data: Data) -> Iterator[Any]:
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=data.workers,
-        multiprocessing_context=_worker_context() if data.workers else None,
+        multiprocessing_context=worker_context() if data.workers else None,
         prefetch_factor=_STEPS_AHEAD if data.workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
     )
     try:
         return iter(reading)
@@ -161,95 +154,6 @@ def _start(steps: _RankSteps, data: Data) -> Iterator[Any]:
             f"data.workers {data.workers} reader processes cannot start ({error}); free memory or raise the limits of "
             "processes and open files (ulimit -u, ulimit -n), or set data.workers to 0, which reads in the rank itself"
         ) from error
-
-
-class _Readers:
-    """A DataLoader's reader processes, asked by a thread, so that whatever they do is waited for with a limit.
-
-    torch's own limit does not hold: a batch that has come must still be fetched from the process that made it, and
-    one that is stopped never answers.
-    """
-
-    def __init__(self, items: Any, limit: float) -> None:
-        """`items`: the DataLoader's iterator, which nobody else may keep. `limit`: seconds for a step."""
-        self._processes, self._limit = list(items._workers), limit
-        self._asked: SimpleQueue[bool] = SimpleQueue()  # one step ahead; False: no more
-        self._answers: SimpleQueue[Any] = SimpleQueue()
-        self._failed = False
-        # The processes end with the thread that started them: the caller, not this one.
-        self._thread = threading.Thread(target=_answer, args=([items], self._asked, self._answers), daemon=True)
-        self._thread.start()
-        self._asked.put(True)
-        atexit.register(self.end)  # runs before Python waits for the processes, which it does without a limit
-
-    def next(self) -> Any:
-        """An item. DataError: a reader has died, or no batch has come within the limit."""
-        try:
-            answer = self._answers.get(timeout=self._limit)
-        except Empty:
-            self._failed = True
-            raise DataError(
-                f"no batch for data.timeout_seconds {self._limit} ({self._states()}); is the storage of the data or of "
-                "the cache hanging, or was a reader process stopped? If it is only slow, raise the limit or "
-                "data.workers"
-            ) from None
-        if not isinstance(answer, Exception) or isinstance(answer, DataError):
-            self._asked.put(True)
-            return answer
-        self._failed = True
-        lost = isinstance(answer, ConnectionError | EOFError | FileNotFoundError)
-        if "exited unexpectedly" not in str(answer) and (not lost or str(answer).startswith("Caught ")):
-            raise answer  # "exited": torch's words for its readers; "Caught": for an error that one of them met
-        raise DataError(
-            f"a reader process ended ({answer}); was it killed, perhaps for memory? Lower data.workers or free "
-            "memory, and start again: the run resumes from its last checkpoint"
-        ) from answer
-
-    def end(self) -> None:
-        """End the processes: in peace, where all is well and it takes no longer than _ENDING_SECONDS."""
-        if not self._failed:
-            self._asked.put(False)
-            self._thread.join(_ENDING_SECONDS)
-        atexit.unregister(self.end)
-        for process in self._processes:
-            if process.is_alive():
-                process.kill()
-
-    def _states(self) -> str:
-        names = {"T": "stopped", "t": "traced", "D": "waiting for a disk", "R": "running", "S": "waiting"}
-        found = [f"{process.pid} is {names.get(state_of(process.pid), 'gone')}" for process in self._processes]
-        return f"reader process {', '.join(found)}"
-
-
-def _answer(kept: list[Any], asked: SimpleQueue[bool], answers: SimpleQueue[Any]) -> None:
-    """Runs in the thread of _Readers. Ending a DataLoader can hang where its processes failed, so then it is kept."""
-    items = kept.pop()
-    while asked.get():
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        except Exception as error:
-            _abandoned.append(items)
-            item = error
-        answers.put(item)
-        del item
-
-
-def _worker_context() -> BaseContext:
-    """Workers are forked from a clean process that has imported what they need once.
-
-    Forking the rank itself would copy its communication threads' locks; spawning would import torch and streaming
-    again in every worker.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["titans_train.data.preload"])
-    return context
-
-
-def _start_worker(number: int) -> None:
-    end_with_parent()  # the process it was forked from, which ends with the rank
-    torch.set_num_threads(1)
 
 
 def _as_it_is(item: Any) -> Any:
