@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import IO, Any
 
+from data_prep.addresses import is_remote
 from data_prep.errors import InputChangedError
 from data_prep.pieces import READ_BYTES, Piece, pieces, start_of
 from data_prep.records import (
@@ -27,7 +28,7 @@ from data_prep.records import (
     too_long,
 )
 from data_prep.sources import SourceFile, Unit
-from data_prep.storage import FileState, StorageError, StorageFile, decompress, is_remote, open_input, printable
+from data_prep.storage import FileState, StorageError, StorageFile, decompress, open_input, printable
 from data_prep.table import rows
 
 __all__ = ["REASONS", "Document", "ReadSettings", "Rejected", "UnitReader", "read_unit"]

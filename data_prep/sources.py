@@ -20,6 +20,7 @@ from typing import Any, Literal
 import xxhash
 
 from data_prep import storage
+from data_prep.addresses import is_remote
 from data_prep.errors import PrepareError
 from data_prep.storage import Compression, FileInfo
 
@@ -130,7 +131,7 @@ def find_files(
 
 def _place(path: str) -> str:
     """The same text for all ways to name a file or folder."""
-    return path.rstrip("/") if storage.is_remote(path) else os.path.realpath(os.path.expanduser(path))
+    return path.rstrip("/") if is_remote(path) else os.path.realpath(os.path.expanduser(path))
 
 
 def default_corpus() -> Found:
@@ -200,7 +201,7 @@ def _below(text: str, skipped_folders: Collection[str]) -> tuple[str, list[FileI
     parts = pattern.split("/")
     first = next(index for index, part in enumerate(parts) if _is_pattern(part))
     root = "/".join(parts[:first]) or "/"
-    if storage.is_remote(text):
+    if is_remote(text):
         below = storage.list_files(root, skipped_folders) if storage.exists(root) else []
         infos = [info for info in below if _matches(info.path.split("/")[first:], parts[first:])]
     else:

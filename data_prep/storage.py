@@ -19,6 +19,7 @@ from typing import IO, Any, Literal, cast
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from data_prep.addresses import is_remote
 from data_prep.durable import whole_file
 from data_prep.pieces import Unpacked, gunzip, unzstd
 from data_prep.s3 import client, delete_object
@@ -45,10 +46,6 @@ class FileState:
     etag: str = ""
 
 
-def is_remote(path: str) -> bool:
-    return "://" in path
-
-
 def join(base: str, *parts: str) -> str:
     """`base` and the parts with one slash between each."""
     return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
@@ -67,7 +64,7 @@ def printable(name: str) -> str:
 def locate(path: str) -> tuple[pafs.FileSystem, str]:
     """The file system of an s3:// URL, and the path inside it.
 
-    The S3 endpoint is AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or S3_ENDPOINT_URL; credentials and region come from the
+    The S3 endpoint is AWS_ENDPOINT_URL_S3, S3_ENDPOINT_URL or AWS_ENDPOINT_URL; credentials and region come from the
     usual AWS environment and files. Without credentials AWS_NO_SIGN_REQUEST=true reads public buckets.
     """
     inner = path.removeprefix(_S3).rstrip("/")

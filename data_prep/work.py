@@ -19,13 +19,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from data_prep.addresses import is_remote
 from data_prep.claim import is_others, release
 from data_prep.durable import TEMPORARY, read_json, write_json
 from data_prep.errors import PrepareError
 from data_prep.manifest import FILE_NAME
 from data_prep.shards import ShardRecord
 from data_prep.sources import SourceFile
-from data_prep.storage import delete, exists, is_remote, join
+from data_prep.storage import delete, exists, join
 from data_prep.tokenizer import TOKENIZER_FILES, Tokenizer, from_spec
 
 _SETTINGS = "settings.json"

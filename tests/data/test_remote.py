@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.addresses import is_remote
 from tests.faults import Faults, Kind, proxy
 from tests.s3 import BUCKET, KEYS, client, environment, free_port, s3_server, set_environment
 from titans_train.data.errors import DataError
-from titans_train.data.remote import Remote, is_remote
+from titans_train.data.remote import Remote
 
 CONTENT = bytes(range(256)) * 2000
 URL = f"s3://{BUCKET}/folder/object.bin"

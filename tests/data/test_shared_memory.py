@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.folders import open_store
-from titans_train.data.cache import Cache, clean_shared_memory, note_shared_memory
+from titans_train.data.cache import clean_shared_memory, note_shared_memory
 from titans_train.data.shared_memory import remove
 
 SHARED = Path("/dev/shm")
@@ -94,7 +94,7 @@ def test_a_note_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(Path, "write_text", full)
-    Cache(tmp_path / "cache").note_shared_memory()
+    note_shared_memory()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     note_shared_memory()
     assert clean_shared_memory() == 0

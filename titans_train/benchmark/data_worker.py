@@ -100,8 +100,6 @@ def warm(prepared: str, flat: str, cache: str) -> dict[str, float]:
 
 def cold(prepared: str, flat: str, cache: str) -> dict[str, float]:
     """No shard is decompressed or checked, no file is in the page cache."""
-    from titans_train.data.shim import import_streaming  # noqa: F401  not part of the measurement
-
     for path in [*Path(prepared).rglob("*"), Path(flat)]:
         if path.is_file():
             _forget(path)

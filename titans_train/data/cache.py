@@ -89,10 +89,6 @@ class Cache:
                 removed += 1
         return removed
 
-    def note_shared_memory(self) -> None:
-        """As the function; the notes of a user's runs are together, whatever their caches."""
-        note_shared_memory()
-
     def lock(self, key: str) -> contextlib.AbstractContextManager[None]:
         """One process of this user at a time works on `key`, and waits here for the others. Hold one key at a time.
 
@@ -137,7 +133,7 @@ class Cache:
         if self.limit is not None and needed > self.limit:
             raise DataError(
                 f"data.cache_limit_gib {self.limit / _GIB:.4g} is less than the {needed / _GIB:.4g} GiB of data that "
-                f"are in use at the same time; raise it to at least {needed / _GIB * 1.05:.4g}, or lower data.workers"
+                f"are in use at the same time; raise it to at least {needed / _GIB * 1.05:.4g}"
             )
 
     @contextlib.contextmanager

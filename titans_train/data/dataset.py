@@ -10,7 +10,7 @@ import xxhash
 
 from data_prep.manifest import SPLITS
 from data_prep.tokenizer import Tokenizer
-from titans_train.data.cache import Cache
+from titans_train.data.cache import Cache, note_shared_memory
 from titans_train.data.cursor import Cursor
 from titans_train.data.errors import DataError
 from titans_train.data.order import GROUP_SHARDS
@@ -90,7 +90,7 @@ class TokenDataset:
 
     def readers_started(self) -> None:
         """So that the next run can clean up after this one, should it be killed."""
-        next(iter(self.sources.values())).store.cache.note_shared_memory()
+        note_shared_memory()
 
     def describe(self, sequences: int) -> list[str]:
         """A line for each source: what there is, and how often `sequences` of the run read it."""

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from data_prep.addresses import endpoint_variable
 from titans_train.data import s3
 
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "InvalidToken"}
@@ -105,9 +106,8 @@ def _status(error: Exception) -> int | None:
 
 
 def _endpoint() -> str:
-    found = s3.endpoint()
-    source = "S3_ENDPOINT_URL" if os.environ.get("S3_ENDPOINT_URL") else "AWS_ENDPOINT_URL"
-    return f"{source}={found}" if found else "the endpoint (S3_ENDPOINT_URL, where it is not Amazon's)"
+    name = endpoint_variable()
+    return f"{name}={os.environ[name]}" if name else "the endpoint (S3_ENDPOINT_URL, where it is not Amazon's)"
 
 
 def _reach() -> str:

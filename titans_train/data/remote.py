@@ -24,10 +24,6 @@ _POLL_SECONDS = 0.05
 _BACKOFF_SECONDS = (0.5, 10.0)  # after the first failure (doubled by each more), at most
 
 
-def is_remote(path: str) -> bool:
-    return "://" in path
-
-
 @dataclass(frozen=True)
 class Remote:
     """`timeout_seconds`: an attempt ends when fewer than SLOWEST bytes per second came for so long.

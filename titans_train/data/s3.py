@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.s3_endpoint import endpoint
+from data_prep.addresses import endpoint
 
 _BLOCK_BYTES = 64 << 10
 _CONNECT_SECONDS = 5.0

@@ -8,21 +8,22 @@ from __future__ import annotations
 import io
 import json
 import os
-from bisect import bisect_right
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from data_prep.manifest import FILE_NAME, Manifest, ManifestError, ShardEntry, hash_stream
+from data_prep.addresses import is_remote
+from data_prep.manifest import FILE_NAME, Manifest, ManifestError, ShardEntry
 from titans_train.data import opened
 from titans_train.data.cache import Cache, clean_shared_memory
 from titans_train.data.errors import DataError
 from titans_train.data.mds import MdsFile, Tokens
-from titans_train.data.remote import Remote, is_remote
+from titans_train.data.remote import Remote
 from titans_train.data.verified import REMEDY, VerifiedFiles, read_manifest
 
 _TRIES = 8  # of a file that others change or remove before it is open
@@ -47,7 +48,7 @@ class ShardStore:
         DataError: no such folder, not a prepared one, of another version, without that source, or without a shard.
         """
         self.path = path.rstrip("/") if is_remote(path) else str(Path(path).expanduser().absolute())
-        self.split, self.cache = split, cache
+        self.split = split
         _clean(cache)
         text = read_manifest(self.path, cache, remote)
         try:
@@ -71,7 +72,6 @@ class ShardStore:
         self.documents_per_shard = np.array([shard.documents for _, shard in self._shards], np.int64)
         self._ends = np.cumsum(self.documents_per_shard)
         self._begins = self._ends - self.documents_per_shard
-        self._first: list[int] = [0, *self._ends.tolist()]
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         # Of the open files of this process.
         self._identity = f"{cache.folder}/{self._files.name}/{split}/{','.join(self.sources)}/{self.path}"
@@ -135,7 +135,7 @@ class ShardStore:
 
         def verified() -> bytes:
             content = self._files.copy(folder, entry.lengths).read_bytes()
-            if hash_stream(io.BytesIO(content))[1] != entry.lengths.xxh64:
+            if xxhash.xxh64_hexdigest(content) != entry.lengths.xxh64:
                 raise FileNotFoundError("its copy in the cache is changed again and again, by other processes")
             return content
 
@@ -238,8 +238,8 @@ class ShardStore:
         """(number of the shard, document within it)."""
         if not 0 <= document < self.documents:
             raise DataError(f"document {document} of {self.path}, split {self.split}, which has {self.documents}")
-        shard = bisect_right(self._first, document) - 1
-        return shard, document - self._first[shard]
+        shard = int(self._ends.searchsorted(document, side="right"))
+        return shard, document - int(self._begins[shard])
 
     def _label(self, number: int) -> str:
         folder, shard = self._shards[number]
@@ -284,7 +284,7 @@ class ShardStore:
 
     def _check_lengths(self, number: int, file: MdsFile) -> None:
         """Pieces are found by the lengths file, so it must agree with the shard's own headers."""
-        first, last = self._first[number], self._first[number + 1]
+        first, last = int(self._begins[number]), int(self._ends[number])
         found, expected = file.lengths(self.dtype.itemsize), self.lengths()[first:last]
         if (wrong := np.flatnonzero(found != expected)).size:
             n = int(wrong[0])
@@ -296,7 +296,7 @@ class ShardStore:
 
 def text_hash(text: str) -> str:
     """xxh64 of a text, 16 hex digits."""
-    return hash_stream(io.BytesIO(text.encode("utf-8")))[1]
+    return xxhash.xxh64_hexdigest(text.encode("utf-8"))
 
 
 @lru_cache(maxsize=16)

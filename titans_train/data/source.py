@@ -45,12 +45,11 @@ class SourceStream:
         self.dropped_tokens += (self._packed - self.sequences_total) * layout.length
         self.padding_share = 1 - int(lengths.sum()) / int(layout.slots(lengths).sum())
         self.bytes_per_token = store.text_bytes / store.tokens_total
-        # Caches of this process; not sent to others.
-        self._lengths: NDArray[np.int64] | None = None
+        # A cache of this process; not sent to others.
         self._epochs: OrderedDict[int, EpochPacking] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_epochs": OrderedDict(), "_lengths": None}
+        return {**self.__dict__, "_epochs": OrderedDict()}
 
     def _check_enough(self, tokens: int) -> None:
         store, length, rows = self.store, self.layout.length, self._rows
@@ -119,16 +118,11 @@ class SourceStream:
     def _packing(self, epoch: int) -> EpochPacking:
         if epoch not in self._epochs:
             order = document_order(self.store.documents_per_shard, self._seed, epoch, self._shuffle)
-            self._epochs[epoch] = EpochPacking(self.layout, self._length_array(), order)
+            self._epochs[epoch] = EpochPacking(self.layout, self.store.lengths(), order)
         self._epochs.move_to_end(epoch)
         while len(self._epochs) > _KEPT_EPOCHS:
             self._epochs.popitem(last=False)
         return self._epochs[epoch]
-
-    def _length_array(self) -> NDArray[np.int64]:
-        if self._lengths is None:
-            self._lengths = np.asarray(self.store.lengths())
-        return self._lengths
 
 
 def _labelled(pieces: Pieces, upto: NDArray[np.int64], shape: Sequence[int]) -> NDArray[np.bool_]:

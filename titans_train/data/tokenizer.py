@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.addresses import is_remote
 from data_prep.errors import PrepareError
 from data_prep.manifest import FILE_NAME, Manifest, ManifestError
 from data_prep.tokenizer import ByteTokenizer, Tokenizer, load_prepared_tokenizer, prepared_tokenizer
 from titans_train.data.cache import Cache
 from titans_train.data.errors import DataError
-from titans_train.data.remote import Remote, is_remote
+from titans_train.data.remote import Remote
 from titans_train.data.shards import text_hash
 from titans_train.data.verified import VerifiedFiles, read_manifest
 

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import zstandard
 
+from data_prep.addresses import is_remote
 from data_prep.manifest import FILE_NAME, FileEntry, ShardEntry
 from titans_train.data.cache import MARKER, Cache
 from titans_train.data.checked import difference, problem, remembered
 from titans_train.data.errors import DataError
-from titans_train.data.remote import Remote, is_remote
+from titans_train.data.remote import Remote
 
 REMEDY = "copy the file again from where the data was prepared, or prepare the data again"
 _FETCHES = 3  # of an object whose content is wrong: a fault of the transfer heals, a damaged object does not

@@ -20,6 +20,7 @@ import xxhash
 import zstandard
 from numpy.typing import NDArray
 
+from data_prep.addresses import is_remote
 from data_prep.manifest import (
     FILE_NAME,
     SPLITS,
@@ -34,7 +35,7 @@ from titans_train.data import s3
 from titans_train.data.cache import Cache
 from titans_train.data.errors import DataError
 from titans_train.data.inspection import shard_problems
-from titans_train.data.remote import Remote, is_remote
+from titans_train.data.remote import Remote
 from titans_train.data.verified import read_manifest
 from titans_train.data.verify_report import Report, SourceRow, lines, source_row
 
