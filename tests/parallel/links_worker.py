@@ -19,6 +19,12 @@ from titans_train.parallel.shards import ShardSettings
 STATE = torch.arange(6.0)
 
 
+def say(line: str) -> None:
+    """In one write: the ranks share the output, and print writes the line's end by itself where it is not buffered."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def exchange(mesh: Mesh, sent: Label, wanted: Label, like: torch.Tensor) -> list[torch.Tensor]:
     links = Links(mesh)
     if mesh.sequence_rank == 0:
@@ -33,7 +39,7 @@ def way(name: str, mesh: Mesh) -> None:
     if name == "right":
         got = exchange(mesh, state, state, torch.empty(6))
         assert torch.equal(got[0], STATE)
-        print(f"right: rank {mesh.rank} has it", flush=True)
+        say(f"right: rank {mesh.rank} has it")
     elif name == "order":
         exchange(mesh, window, state, torch.empty(6))
     elif name == "direction":
@@ -64,7 +70,7 @@ def main(names: list[str]) -> None:
             try:
                 way(name, mesh)
             except NeighbourError as error:
-                print(f"{name}: rank {mesh.rank} after {time.monotonic() - begun:.0f} s: {error}", flush=True)
+                say(f"{name}: rank {mesh.rank} after {time.monotonic() - begun:.0f} s: {error}")
                 if name in ("hang", "die"):
                     os._exit(1)  # without a last word to a rank that is gone
 
