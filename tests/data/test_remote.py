@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.addresses import is_remote
-from tests.faults import Faults, Kind, proxy
+from tests.faults import Faults, Kind
 from tests.s3 import BUCKET, KEYS, client, environment, free_port, s3_server, set_environment
 from titans_train.data.errors import DataError
 from titans_train.data.remote import Remote
@@ -28,13 +28,6 @@ def server() -> Iterator[str]:
         client(address).put_object(Bucket=BUCKET, Key="folder/object.bin", Body=CONTENT)
         client(address).put_object(Bucket=BUCKET, Key="public.bin", Body=CONTENT, ACL="public-read")
         yield address
-
-
-@pytest.fixture
-def faults(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    with proxy(server) as running:
-        set_environment(environment(running.address), monkeypatch)
-        yield running
 
 
 def failure(url: str, target: Path, remote: Remote = QUICK) -> str:

@@ -8,8 +8,8 @@ import pytest
 
 from data_prep.manifest import Manifest
 from tests.data.folders import flip, open_store, read_all
-from tests.faults import Faults, Kind, proxy
-from tests.s3 import BUCKET, client, environment, s3_server, set_environment, upload
+from tests.faults import Faults, Kind
+from tests.s3 import BUCKET, client, s3_server, upload
 from titans_train.data.cache import Cache
 from titans_train.data.errors import DataError
 from titans_train.data.remote import Remote
@@ -24,13 +24,6 @@ def server(prepared: Path, prepared_raw: Path) -> Iterator[str]:
         upload(address, prepared, "compressed")
         upload(address, prepared_raw, "raw")
         yield address
-
-
-@pytest.fixture
-def faults(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    with proxy(server) as running:
-        set_environment(environment(running.address), monkeypatch)
-        yield running
 
 
 @pytest.fixture(params=NAMES)

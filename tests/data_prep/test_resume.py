@@ -20,19 +20,6 @@ from tests.data_prep.runs import OPTIONS, content, prepare, start, wait_for, wai
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
-
-
-@pytest.fixture(scope="module")
-def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a run that nothing stopped has written."""
-    folder = tmp_path_factory.mktemp("whole") / "out"
-    assert prepare(texts, folder) == 0
-    return content(folder)
-
-
 def units(work: Path) -> int:
     return len(list((work / "units").glob("*.json")))
 

@@ -13,7 +13,7 @@ from data_prep import space
 from data_prep.claim import NAME as CLAIM
 from data_prep.claim import take
 from data_prep.manifest import FILE_NAME, Manifest
-from tests.data_prep.runs import content, prepare, start, wait_for, wait_until_gone, write_corpus
+from tests.data_prep.runs import content, prepare, start, wait_for, wait_until_gone
 from tests.s3 import BUCKET, client, environment, s3_server, set_environment, upload
 
 Capture = pytest.CaptureFixture[str]
@@ -28,19 +28,6 @@ def address() -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def environment_of_the_server(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     set_environment(environment(address), monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
-
-
-@pytest.fixture(scope="module")
-def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The same input in a local folder."""
-    folder = tmp_path_factory.mktemp("whole") / "out"
-    assert prepare(texts, folder) == 0
-    return content(folder)
 
 
 def objects(address: str, prefix: str) -> dict[str, bytes]:

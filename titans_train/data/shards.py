@@ -30,6 +30,7 @@ _TRIES = 8  # of a file that others change or remove before it is open
 _REMOTE = Remote()
 Integers = NDArray[np.int64]
 _Result = TypeVar("_Result")
+_Failed = tuple[str, Exception]  # where, why
 
 
 class ShardStore:
@@ -175,26 +176,30 @@ class ShardStore:
         index, size = documents - self._begins[shards], self.dtype.itemsize
         columns = (shards, index, (lengths - begins) * size, (ends - begins) * size, positions * size)
         pieces = list(zip(*(column.tolist() for column in columns), strict=True))
+        self._settled(lambda files: self._fill(pieces, out.data.cast("B"), files))
+        last = (ends == lengths) & (ends > begins)
+        self._check_tokens(out.reshape(-1), documents, positions, positions + (ends - begins), last)
+
+    def _settled(self, read: Callable[[dict[int, MdsFile]], _Failed | None]) -> None:
+        """Reads, until none of the verified shards that `read` opened and put into its argument has changed since."""
         for _ in range(_TRIES):
             files: dict[int, MdsFile] = {}
-            failed = self._fill(pieces, out.data.cast("B"), files)
+            failed = read(files)
             changed = [shard for shard, file in files.items() if not file.unchanged()]
             if not changed and failed is None:
-                last = (ends == lengths) & (ends > begins)
-                self._check_tokens(out.reshape(-1), documents, positions, positions + (ends - begins), last)
                 return
             if not changed and failed is not None:
-                raise DataError(f"{self._label(failed[0])}: {failed[1]}; {REMEDY}") from failed[1]
+                raise DataError(f"{failed[0]}: {failed[1]}; {REMEDY}") from failed[1]
             for shard in changed:
                 opened.close((self._identity, shard))  # to be checked again
         raise DataError(f"{self._label(changed[0])} changes while it is read; {REMEDY}")
 
     def _fill(
         self, pieces: list[tuple[int, int, int, int, int]], buffer: memoryview, files: dict[int, MdsFile]
-    ) -> tuple[int, Exception] | None:
+    ) -> _Failed | None:
         """Reads pieces (shard, document in it, bytes before its end, bytes, place in the buffer).
 
-        Puts the files it opens into `files`. The shard that failed and why, if one did. Runs for every document read.
+        Puts the files it opens into `files`. Runs for every document read.
         """
         shard = 0
         preadv = os.preadv
@@ -209,7 +214,7 @@ class ShardStore:
         except DataError:
             raise
         except (OSError, ValueError) as error:
-            return shard, error
+            return self._label(shard), error
         return None
 
     def _check_tokens(
@@ -232,7 +237,18 @@ class ShardStore:
     def name(self, document: int) -> str:
         """What a document was called when it was prepared. DataError as `tokens`."""
         number, index = self._place(document)
-        return self._read(number, document, lambda file: file.name(index))
+        names: list[str] = []
+
+        def read(files: dict[int, MdsFile]) -> _Failed | None:
+            files[number] = self._file(number)
+            try:
+                names.append(files[number].name(index))
+            except (OSError, ValueError) as error:
+                return f"{self._label(number)}, document {document}", error
+            return None
+
+        self._settled(read)
+        return names[-1]
 
     def _place(self, document: int) -> tuple[int, int]:
         """(number of the shard, document within it)."""
@@ -244,22 +260,6 @@ class ShardStore:
     def _label(self, number: int) -> str:
         folder, shard = self._shards[number]
         return f"shard {self.path}/{folder}/{shard.raw.name}"
-
-    def _read(self, number: int, document: int, read: Callable[[MdsFile], _Result]) -> _Result:
-        """From a verified shard that did not change while it was read."""
-        for _ in range(_TRIES):
-            file, error = self._file(number), None
-            try:
-                result = read(file)
-            except (OSError, ValueError) as found:
-                error = found
-            if not file.unchanged():
-                opened.close((self._identity, number))  # to be checked again
-            elif error is not None:
-                raise DataError(f"{self._label(number)}, document {document}: {error}; {REMEDY}") from error
-            else:
-                return result
-        raise DataError(f"{self._label(number)} changes while it is read; {REMEDY}")
 
     def _file(self, number: int) -> MdsFile:
         return opened.opened((self._identity, number), lambda: self._open(number))
