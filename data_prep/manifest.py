@@ -18,8 +18,12 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from data_prep.manifest_checks import problems, shown
+from titans_train.untrusted import parse_json
+
 VERSION = 2
 FILE_NAME = "manifest.json"
+LARGEST = 256 << 20  # bytes of it that are read: of half a million shards
 SPLITS = ("train", "validation")
 DEFAULT_SOURCE = "text"  # of documents that name no source
 _BLOCK_BYTES = 1 << 20
@@ -28,7 +32,7 @@ _ZEROS = "0" * 16
 
 
 class ManifestError(ValueError):
-    """The manifest cannot be read or contradicts itself."""
+    """The manifest cannot be read, contradicts itself, or declares what cannot be."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,13 @@ class Manifest:
 
     @classmethod
     def from_text(cls, text: str, where: str) -> Manifest:
-        """Raise ManifestError naming `where` when the text is not a manifest of this version or its sums disagree."""
+        """Raise ManifestError naming `where` when the text is not a manifest of this version, or see `problems`."""
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             if data["version"] != VERSION:
+                found = shown(data["version"])
                 raise ManifestError(
-                    f"{where}: manifest version {data['version']}, this code reads {VERSION}; prepare the data again"
+                    f"{where}: manifest version {found}, this code reads {VERSION}; prepare the data again"
                 )
             _check_own_hash(text, str(data[_OWN_HASH]), where)
             manifest = cls(
@@ -127,25 +132,14 @@ class Manifest:
                 },
                 others=tuple(FileEntry(**file) for file in data["others"]),
             )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ManifestError(
-                f"{where} is not a complete manifest ({type(error).__name__}: {error}); prepare the data again"
-            ) from error
-        manifest._check_sums(where)
+        except ManifestError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            why = f"{type(error).__name__}: {shown(str(error))}"
+            raise ManifestError(f"{where} is not a complete manifest ({why}); prepare the data again") from error
+        if (problem := next(problems(manifest), None)) is not None:
+            raise ManifestError(f"{where}: {problem}; prepare the data again")
         return manifest
-
-    def _check_sums(self, where: str) -> None:
-        if self.dtype not in ("uint16", "uint32"):
-            raise ManifestError(f"{where}: dtype {self.dtype!r} is neither uint16 nor uint32; prepare the data again")
-        for split, sources in self.splits.items():
-            for source, entry in sources.items():
-                for unit in ("documents", "tokens"):
-                    total, stated = sum(getattr(shard, unit) for shard in entry.shards), getattr(entry, unit)
-                    if total != stated:
-                        raise ManifestError(
-                            f"{where}: the shards of {split}/{source} hold {total} {unit}, the manifest says {stated}; "
-                            "prepare the data again"
-                        )
 
 
 def _line(digest: str) -> str:

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import PrepareError
-from data_prep.manifest import FILE_NAME, Manifest, TokenizerEntry
+from data_prep.manifest import FILE_NAME, LARGEST, Manifest, TokenizerEntry
+from data_prep.manifest_checks import TOKENIZER_FILES
+from titans_train.untrusted import read_bounded
 
-TOKENIZER_FILE = "tokenizer.json"
-MODEL_FILE = "tokenizer.model"
-TOKENIZER_FILES = {"huggingface": TOKENIZER_FILE, "sentencepiece": MODEL_FILE}  # their names in a prepared folder
+TOKENIZER_FILE, MODEL_FILE = TOKENIZER_FILES["huggingface"], TOKENIZER_FILES["sentencepiece"]
+_LARGEST_FILE = 256 << 20  # bytes; those of the largest vocabularies are below 40 MB
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<EOS>")
 
 Tokens = NDArray[np.integer[Any]]
@@ -203,9 +204,9 @@ def load_prepared_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer a local prepared folder was made with; PrepareError when its file has changed since."""
     path = folder / FILE_NAME
     try:
-        entry = Manifest.from_text(path.read_text("utf-8"), str(path)).tokenizer
-    except OSError as error:
-        raise PrepareError(f"cannot read {path}: {error.strerror}; name a prepared folder") from error
+        entry = Manifest.from_text(read_bounded(path, LARGEST).decode("utf-8"), str(path)).tokenizer
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrepareError(f"cannot read {path}: {error}; name a prepared folder") from error
     return prepared_tokenizer(entry, folder)
 
 
@@ -217,7 +218,7 @@ def _load(kind: str, path: Path, end_token: str | int | None) -> Tokenizer:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bounded(path, _LARGEST_FILE)
     except OSError as error:
         raise PrepareError(
             f"tokenizer {path}: {error.strerror}; give bytes, a tokenizer.json or a SentencePiece .model file"

@@ -1,9 +1,9 @@
-"""The hosts of a run meet before torchrun starts: all are there and were started alike, or an error says what is not.
+"""The hosts of a run meet before its ranks start: all are there and were started alike, or an error says what is not.
 
 Usage: meet.py NODES NODE_RANK HOST PORT WAIT NAME=VALUE ...
 
 Node 0 listens on PORT; each node, node 0 too, connects to HOST:PORT and says which one it is and its NAME=VALUE pairs.
-When all are there and their pairs agree, each is told to go on and PORT is free again, for torchrun.
+When all are there and their pairs agree, each is told to go on and PORT is free again, for rank 0.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def meet(meeting: Meeting) -> None:
                 connection.settimeout(STRANGER_SECONDS)
                 send(connection, {"wrong": wrong})
             except OSError:
-                pass  # it left; torchrun's own wait will tell
+                pass  # it left; the ranks' own wait will tell
             connection.close()
         server.close()
         if wrong:

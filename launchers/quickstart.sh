@@ -35,9 +35,9 @@ else
 fi
 
 say "training $CONFIG on $processes processes"
-"$PYTHON_IN_VENV" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
-    -m titans_train train "$CONFIG" "$@" ||
-    fail "training stopped; its own message is above torchrun's. Starting again resumes from the last checkpoint"
+"$PYTHON_IN_VENV" launchers/ranks.py --processes "$processes" -- \
+    "$PYTHON_IN_VENV" -m titans_train train "$CONFIG" "$@" ||
+    fail "training stopped, its own message is above. Starting again resumes from the last checkpoint"
 
 say "evaluating the last checkpoint"
 "$PYTHON_IN_VENV" -m titans_train evaluate "$CONFIG" --sequences 128 "$@"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs with the extra "test", then runs ruff, mypy and pytest; all three run, and each failure counts.
+# Installs with the extra "test", and SLURM where it can (install_slurm.sh); then runs ruff, mypy and pytest. All three
+# run, and each failure counts.
 # Usage: test.sh [--all] [pytest arguments]    --all: the long tests too
 set -euo pipefail
 # shellcheck source=launchers/lib.sh
@@ -8,6 +9,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 cd -- "$ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 prepare_environment test
+bash launchers/install_slurm.sh || true # says why not; the tests that need it are then skipped
 
 status=0
 say "ruff"

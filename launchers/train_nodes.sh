@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # Trains on several hosts: the same command on each, only --node-rank differs. Started again, it resumes.
 # Usage: train_nodes.sh CONFIG.yaml --nodes N --node-rank R --address HOST[:PORT] [--processes P] [--interface IFACE]
-#                       [--wait SECONDS] [--cpu] [key.path=value ...]
+#                       [--wait SECONDS] [--cpu] [--log-dir FOLDER] [key.path=value ...]
 #   --nodes N           how many hosts; with fewer the run does not start
 #   --node-rank R       which of them this one is, from 0 to N - 1
 #   --address HOST      a name or IPv4 address of node 0 that every host reaches, with the port (default: 29500) that
-#                       the hosts meet at; the processes connect to each other on ports of the system's choice
+#                       hosts and processes meet at; between them they connect on ports of the system's choice
 #   --processes P       per host (default: one per visible GPU; more than there are GPUs is an error)
 #   --interface IFACE   the network interface for NCCL and gloo, such as eth0 or ib0
 #   --wait SECONDS      how long to wait for the other hosts (default: 600)
 #   --cpu               on the CPU; needs --processes
+#   --log-dir FOLDER    what each process of this host says also goes into a file of its own there
 #   key.path=value      settings that change the config for this run
+# SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C on one host: all processes save and end, exit status 75 on every host.
 # All hosts must see the same run folder (run.folder) and read the same data.
 # Relative paths start from the current directory, those in the config too.
 set -euo pipefail
@@ -19,8 +21,8 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 
 DEFAULT_PORT=29500
 
-nodes="" node_rank="" address="" processes="" interface="" wait=600
-read_arguments "--nodes --node-rank --address --processes --interface --wait" "$@"
+nodes="" node_rank="" address="" processes="" interface="" wait=600 log_dir=""
+read_arguments "--nodes --node-rank --address --processes --interface --wait --log-dir" "$@"
 for option in nodes node_rank address; do
     [[ -n "${!option}" ]] || refuse "--${option//_/-} is needed"
 done
@@ -51,6 +53,6 @@ say "node $node_rank of $nodes: meeting the others at $host:$port (for $wait s a
     "--nodes=$nodes" "--processes=$processes" "the config's checksum=${digest// /-}"
 
 say "training $config on $total ${cpu:+CPU }processes, $processes per node"
-exec "$PYTHON_IN_VENV" -m torch.distributed.run --rdzv-backend static --nnodes "$nodes" --node-rank "$node_rank" \
-    --master-addr "$host" --master-port "$port" --rdzv-conf "timeout=$wait" --nproc-per-node "$processes" \
-    --max-restarts 0 -m titans_train train "${training[@]}"
+exec "$PYTHON_IN_VENV" "$ROOT/launchers/ranks.py" --processes "$processes" --nodes "$nodes" --node-rank "$node_rank" \
+    --address "$host" --port "$port" ${log_dir:+--log-dir "$log_dir"} -- \
+    "$PYTHON_IN_VENV" -m titans_train train "${training[@]}"

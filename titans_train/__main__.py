@@ -10,11 +10,13 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 
 from titans_train.config import ConfigError, load_config
 from titans_train.config.errors import Problem, closest
 from titans_train.errors import UserError
+from titans_train.monitoring import signals
 from titans_train.plan import Plan, make_plan, processes
 
 USAGE = """usage: python -m titans_train <verb> ...
@@ -22,10 +24,14 @@ USAGE = """usage: python -m titans_train <verb> ...
   check     CONFIG.yaml [key.path=value ...] [--world N]    is this config right? every problem at once
   plan      CONFIG.yaml [key.path=value ...] [--world N] [--json]    parameters, FLOPs, memory, disk
   train     CONFIG.yaml [key.path=value ...] [--world N]    under torchrun, or alone; resumes by itself
+  submit    -h    hands a training, an evaluation or a preparation of data to SLURM; --dry-run prints the command
+  preflight CONFIG.yaml [key.path=value ...] [--world N]    on the nodes of a run, as its ranks: can they train it?
   verify-data PATH|URL    is every byte of prepared data as it was written? and what is in it
   show-data CONFIG.yaml --step N    a global batch in words, as the model sees it
   evaluate  -h    loss, perplexity and bits per byte of a checkpoint
   generate  -h    text from a checkpoint
+  export    CHECKPOINT OUT [--dtype float32|bfloat16]    its model in one folder: safetensors, config, tokenizer
+  inspect   CHECKPOINT|RUN|EXPORT [--json]    what is inside, parameter by parameter
   benchmark -h    speed and memory, beside peers
 """
 
@@ -67,12 +73,34 @@ def train(args: Sequence[str]) -> object:
         message = f"{options.world} processes were asked for, but {world_size} started (WORLD_SIZE={world_size})"
         remedy = f"start {options.world} (torchrun: --nnodes times --nproc-per-node), or say --world {world_size}"
         raise ConfigError([Problem("--world", message, remedy)], "the start")
-    run_plan = make_plan(load_config(options.config, options.overrides, world_size), world_size)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
-    from titans_train.training.loop import train as run
+    with signals.caught():
+        run_plan = make_plan(load_config(options.config, options.overrides, world_size), world_size)
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
+        try:
+            from titans_train.training.loop import train as run
 
-    return run(run_plan)
+            return run(run_plan)
+        except signals.Requeue:
+            raise
+        except BaseException as error:
+            if world_size > 1 and not getattr(error, "agreed", False):
+                _end_alone(error)
+            raise
+
+
+def _end_alone(error: BaseException) -> None:
+    """Of one rank among several: the process ends at once. What it would wait for on its way out may never come.
+
+    The launcher then ends the others.
+    """
+    if isinstance(error, UserError):
+        print(error, file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2 if isinstance(error, UserError) else 1)
 
 
 def evaluate(args: Sequence[str]) -> object:
@@ -85,6 +113,30 @@ def generate(args: Sequence[str]) -> object:
     from titans_train.inference import main as run
 
     return run(list(args))
+
+
+def export(args: Sequence[str]) -> object:
+    from titans_train.inference.export import main as run
+
+    return run(list(args))
+
+
+def inspect(args: Sequence[str]) -> object:
+    from titans_train.inspection import main as run
+
+    return run(list(args))
+
+
+def submit(args: Sequence[str]) -> object:
+    from titans_train.cluster.submit import main as run
+
+    return run(args)
+
+
+def preflight(args: Sequence[str]) -> object:
+    from titans_train.cluster.preflight import main as run
+
+    return run(args)
 
 
 def verify_data(args: Sequence[str]) -> object:
@@ -106,8 +158,9 @@ def benchmark(args: Sequence[str]) -> object:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], object]] = {
-    "check": check, "plan": plan, "train": train, "verify-data": verify_data, "show-data": show_data,
-    "evaluate": evaluate, "generate": generate, "benchmark": benchmark,
+    "check": check, "plan": plan, "train": train, "submit": submit, "preflight": preflight,
+    "verify-data": verify_data, "show-data": show_data,
+    "evaluate": evaluate, "generate": generate, "export": export, "inspect": inspect, "benchmark": benchmark,
 }  # fmt: skip
 
 
@@ -120,7 +173,7 @@ def _world_size() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb. Exit status: 0, what the verb returns as an integer, or 2 for refused input."""
+    """Runs a verb. Exit status: 0, what the verb returns as an integer, 2 for refused input, 75 to be started again."""
     verb, *args = list(sys.argv[1:] if argv is None else argv) or [""]
     if verb in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -132,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         result = VERBS[verb](args)
+    except signals.Requeue:
+        return signals.REQUEUE
     except UserError as error:
         if not error.agreed or os.environ.get("RANK", "0") == "0":  # what all ranks raise, one prints
             print(error, file=sys.stderr, flush=True)

@@ -117,8 +117,10 @@ class Plan:
             reach = f"segment {a.segment}" if a.segment is not None else f"window {a.window or 'all'}"
             lines.append(f"attention   {reach}, {a.persistent_tokens} persistent tokens")
         batch = f"{t.global_batch_size} sequences x {t.sequence_length} tokens = {self.tokens_per_step:,} tokens"
-        keep, disk = c.checkpoint.keep, self.checkpoint_bytes
-        together = f"{human_bytes((keep + 1) * disk)} while one is written beside {keep}"
+        keep, disk = c.checkpoint, self.checkpoint_bytes
+        kept = keep.keep + keep.keep_best + (t.steps // keep.keep_every if keep.keep_every else 0)
+        together = f"{human_bytes((kept + 1) * disk)} while one is written beside {kept}"
+        host = f"; {human_bytes(disk // self.world_size)} of each rank's host memory"
         carried = [f"carried     {human_bytes(self.carried_bytes)} for each row of a batch, into the next batch"]
         return [
             *lines,
@@ -128,7 +130,7 @@ class Plan:
             f"step        {batch}; each rank {self.accumulation} x {t.micro_batch_size} sequences, "
             f"{_waves(self.sequence.wave, self.accumulation)}",
             f"training    {t.steps:,} steps, {self.warmup_steps:,} of warm-up: {self.total_tokens:,} tokens",
-            f"checkpoint  {human_bytes(disk)} each, {together}",
+            f"checkpoint  {human_bytes(disk)} each, {together}{host}",
         ]
 
     def _describe_mixture(self) -> list[str]:

@@ -74,7 +74,5 @@ def test_what_is_wrong_is_said(cache: Cache) -> None:
     path, entry, _ = checked(cache)
     assert difference(path, entry) is None
     assert difference(path.with_name("none"), entry) == "is missing"
-    assert (
-        difference(path.parent, replace(entry, bytes=path.parent.stat().st_size)) == "cannot be read (Is a directory)"
-    )
+    assert difference(path.parent, replace(entry, bytes=path.parent.stat().st_size)) == "is not a regular file"
     assert difference(path, replace(entry, bytes=9)) == "has 7 bytes, expected 9"

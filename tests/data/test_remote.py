@@ -45,6 +45,15 @@ def test_an_object_is_fetched_whole(faults: Faults, tmp_path: Path) -> None:
     assert is_remote(URL) and not is_remote("/data/mine")
 
 
+def test_an_object_larger_than_it_may_be_is_given_up_at_once(faults: Faults, tmp_path: Path) -> None:
+    QUICK.fetch(URL, tmp_path / "file", len(CONTENT))
+    (tmp_path / "file").unlink()
+    faults.set("none")
+    with pytest.raises(DataError, match=r"object\.bin \(1 try, .* has more than the 1,000 bytes that it may have"):
+        QUICK.fetch(URL, tmp_path / "file", 1_000)
+    assert list(tmp_path.iterdir()) == [] and len(faults.seen) == 1
+
+
 @pytest.mark.parametrize("kind", ["unavailable", "throttled", "reset", "truncated", "slow", "silent"])
 def test_a_fault_that_passes_heals(faults: Faults, tmp_path: Path, kind: Kind) -> None:
     faults.set(kind, count=2 if kind in ("unavailable", "throttled", "reset") else 1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from data_prep.tokenizer import ByteTokenizer
 from titans_train.config import RunConfig, dump_config
 from titans_train.models import LanguageModel
 from titans_train.plan import resolve_shape
+from titans_train.training.checkpoint import FORMAT, sha256_of, write_manifest
 
 BYTES = asdict(TokenizerEntry("bytes", ByteTokenizer.sha256, 257, 256, None))
 
@@ -52,23 +51,29 @@ def config(folder: Path, block: str = "mag", **sections: dict[str, Any]) -> RunC
 def write_checkpoint(
     run_config: RunConfig, step: int = 10, seed: int = 0, tokenizer: dict[str, Any] | None = BYTES
 ) -> Path:
-    """<run>/checkpoints/step-N with random parameters; returns its path."""
+    """<run>/checkpoints/step-N with random parameters and moments, as one process writes it; returns its path."""
     torch.manual_seed(seed)
     shape = resolve_shape(run_config)
-    parameters = {name: value.contiguous() for name, value in LanguageModel(shape).state_dict().items()}
+    parameters = {name: value.detach() for name, value in LanguageModel(shape).named_parameters()}
     run = Path(run_config.run.folder) / run_config.run.name
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    hashes = {}
-    for name in ("model", "exp_avg", "exp_avg_sq"):
-        file = folder / f"{name}.safetensors"
-        save_file(parameters if name == "model" else {n: p * 0 for n, p in parameters.items()}, str(file))
-        hashes[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    state = {
-        "step": step, "optimizer_step": step, "tokens": step * 128, "shape": shape.to_dict(), "files": hashes,
-        "tokenizer": tokenizer, "config": run_config.model_dump(mode="json"), "data": "",
+    tensors = {name: {"shape": list(value.shape), "dim": None, "sections": []} for name, value in parameters.items()}
+    values = {f"parameters/{name}": value.reshape(-1).clone() for name, value in parameters.items()}
+    for kind, scale in (("exp_avg", 1e-3), ("exp_avg_sq", 1e-6)):
+        values |= {f"{kind}/{name}": scale * value.reshape(-1).square() for name, value in parameters.items()}
+    file = folder / "rank-00000.safetensors"
+    save_file(values, str(file))
+    manifest = {
+        "format": FORMAT, "step": step, "optimizer_step": step, "tokens": step * 128, "shape": shape.to_dict(),
+        "tokenizer": tokenizer, "config": run_config.model_dump(mode="json"), "validation_loss": None, "skipped": [],
+        "layout": {"tensor": 1, "sequence": 1, "data": 1, "zero_stage": 1}, "random": {},
+        "data": {"batch_sizes": [[0, 2]], "weights": [[0, {"data": 1.0}]], "fingerprints": {"data": "0" * 16}},
+        "tensors": tensors,
+        "pieces": {file.name: [[name, 0, 1, 0, value.numel()] for name, value in parameters.items()]},
+        "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}},
     }  # fmt: skip
-    (folder / "state.json").write_text(json.dumps(state))
+    write_manifest(folder, manifest)
     (folder.parent / "latest").write_text(folder.name)
     (run / "config.yaml").write_text(dump_config(run_config))
     return folder

@@ -9,7 +9,7 @@ import pytest
 from tests.data.corpus import prepare_folder
 from tests.inference.checkpoints import config, write_checkpoint
 from titans_train.__main__ import main
-from titans_train.training.checkpoint import find_latest
+from titans_train.training.checkpoint_folder import find_latest
 
 Capture = pytest.CaptureFixture[str]
 
@@ -87,9 +87,9 @@ def test_missing_and_damaged_checkpoints_are_refused(checkpoint: Path, capsys: C
     assert "there is no file" in refused(capsys, str(tmp_path / "nothing.yaml"), "--prompt", "x")
     assert "train first" in refused(capsys, str(run / "config.yaml"), "run.name=other", "--prompt", "x")
     assert "train first" in refused(capsys, str(tmp_path), "--prompt", "x")
-    weights = checkpoint / "model.safetensors"
+    weights = checkpoint / "rank-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    assert "model.safetensors is damaged" in refused(capsys, str(checkpoint), "--prompt", "x")
+    assert "rank-00000.safetensors is damaged" in refused(capsys, str(checkpoint), "--prompt", "x")
 
 
 def test_prompts_and_sampling_values_that_cannot_be_are_refused(

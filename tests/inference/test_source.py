@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from titans_train.__main__ import main
 from titans_train.errors import UserError
 from titans_train.inference import Sampler, sample_text
 from titans_train.models import LanguageModel
+from titans_train.training.checkpoint import read_manifest, write_manifest
 
 Capture = pytest.CaptureFixture[str]
 WRITE = ["--prompt", "def ", "--tokens", "30"]
@@ -93,10 +93,9 @@ def test_a_tokenizer_file_is_found_where_the_data_lie_now_and_compared(
     error = refused(capsys, "generate", source, *WRITE)
     assert "data/gone" in error and "set data.path" in error
     assert output(capsys, "generate", source, f"data.path={prepared}", *WRITE).startswith("def ")
-    state = Path(source) / "state.json"
-    record = json.loads(state.read_text())
+    record = read_manifest(Path(source))
     record["tokenizer"]["sha256"] = "0" * 64
-    state.write_text(json.dumps(record))
+    write_manifest(Path(source), record)
     assert "has another tokenizer" in refused(capsys, "generate", source, f"data.path={prepared}", *WRITE)
 
 
@@ -135,7 +134,7 @@ def test_a_state_of_another_checkpoint_or_no_state_is_refused(
     assert "there is no file" in refused(capsys, *load, str(tmp_path / "nothing"))
     state.write_bytes(b"nothing")
     assert "--load-state takes a file" in refused(capsys, *load, str(state))
-    weights = checkpoint / "model.safetensors"
+    weights = checkpoint / "rank-00000.safetensors"
     assert "is not a saved model state" in refused(capsys, *load, str(weights))
 
 

@@ -27,11 +27,11 @@ LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 LIMIT = 240  # seconds for a run that takes ten on an idle machine
 CPU = ("--cpu", "--processes")
 NODES = ("--nodes", "2", "--address", "127.0.0.1")
-# what an interpreter stands in for that sees two GPUs, and shows what torchrun would be started with
+# what an interpreter stands in for that sees two GPUs, and shows what the ranks would be started with
 PRETENDER = """#!/bin/sh
 case "$*" in
     *device_count*) echo 2 ;;
-    *torch.distributed.run*) echo "torchrun: $*"; env ;;
+    *ranks.py*) echo "ranks: $*"; env ;;
     *) exec {python} "$@" ;;
 esac
 """
@@ -83,7 +83,7 @@ def finish(*launchers: subprocess.Popen[str]) -> list[Result]:
     finally:
         for launcher in launchers:
             if launcher.poll() is None:
-                os.killpg(launcher.pid, signal.SIGTERM)  # torchrun then ends its processes
+                os.killpg(launcher.pid, signal.SIGKILL)  # its ranks die with it
         for launcher in launchers:
             launcher.wait(60)
     return [Result(launcher.returncode, *texts) for launcher, texts in zip(launchers, said, strict=True)]
@@ -108,6 +108,19 @@ def test_two_processes_on_one_node_train_to_the_end(folder: Path, one_node: Resu
     assert "training tiny.yaml on 2 CPU processes" in one_node.out
     assert (folder / "runs/one/summary.json").is_file()
     assert len(losses(folder, "one")) == 4
+
+
+def test_a_signal_to_the_launcher_saves_and_asks_for_a_new_start(folder: Path) -> None:
+    launcher = start(folder, "train.sh", "tiny.yaml", *CPU, "2", "training.steps=100000", "run.name=signalled")
+    metrics, deadline = folder / "runs/signalled/metrics.jsonl", time.monotonic() + LIMIT
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.1)
+    launcher.send_signal(signal.SIGUSR1)
+    [result] = finish(launcher)
+    assert result.status == 75, result.error
+    assert "launcher: SIGUSR1: every rank is told to save and stop" in result.error
+    assert (folder / "runs/signalled/checkpoints/latest").is_file()
 
 
 @dataclass(frozen=True)
@@ -234,7 +247,7 @@ def test_help_lists_every_option(folder: Path, script: str) -> None:
     assert "set -euo" not in result.out
 
 
-def test_what_cannot_be_trained_is_refused_before_torchrun(folder: Path) -> None:
+def test_what_cannot_be_trained_is_refused_before_any_rank_starts(folder: Path) -> None:
     for args, message in ((["2", "model.heads=5"], "model.heads"), (["3"], "3 data-parallel ranks")):
         result = run(folder, "train.sh", "tiny.yaml", *CPU, *args, "run.name=refused")
         assert result.status == 2
@@ -263,7 +276,7 @@ def pretender(tmp_path: Path) -> str:
 def test_one_process_per_gpu_and_never_more(folder: Path, pretender: str) -> None:
     result = run(folder, "train.sh", "tiny.yaml", TITANS_PYTHON=pretender)
     assert result.status == 0, result.error
-    assert "--nproc-per-node 2 --max-restarts 0 -m titans_train train tiny.yaml --world 2" in result.out
+    assert re.search(r"ranks.py --processes 2 -- \S+ -m titans_train train tiny.yaml --world 2\n", result.out)
     assert {"OMP_NUM_THREADS=1", "CUDA_DEVICE_MAX_CONNECTIONS=1", "TORCH_NCCL_ASYNC_ERROR_HANDLING=1"} <= set(
         result.out.splitlines()
     )

@@ -27,6 +27,16 @@ def test_later_lines_are_dropped_on_resume_and_tensorboard_agrees(tmp_path: Path
     assert "layer_0/alpha" in events.Tags()["scalars"]
 
 
+def test_figures_that_are_not_finite_are_left_out_of_both(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, 0, tensorboard=True)
+    metrics.write(1, {"loss": float("nan"), "tokens": 7, "layer_0": {"alpha": float("inf"), "eta": 0.5}})
+    metrics.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 1, "tokens": 7, "layer_0": {"eta": 0.5}}
+    tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]
+    assert sorted(tags) == ["layer_0/eta", "tokens"]
+
+
 def test_durations_and_device_figures_are_plausible() -> None:
     assert duration(59) == "0m59s" and duration(3661) == "1h01m"
     assert measured_peak_flops(256, 1) > 1e8 and peak_memory_bytes() > 10 * 2**20

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from tests.data.corpus import prepare_folder
@@ -16,8 +14,9 @@ from tests.torchrun import ROOT, torchrun
 from tests.training.worker import STEPS, plan_of
 from titans_train.errors import UserError
 from titans_train.monitoring.metrics import read_metrics
+from titans_train.parallel.pieces import KINDS
 from titans_train.training import run_folder
-from titans_train.training.checkpoint import FILES, _write, check_disk, find_latest, load_model
+from titans_train.training.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +35,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
 
 
 def last(run: Path) -> dict[str, dict[str, torch.Tensor]]:
-    path = run / "checkpoints" / f"step-{STEPS:08d}"
-    return {name: load_file(str(path / name)) for name in FILES.values()}
+    found = Checkpoint.open(run / "checkpoints" / f"step-{STEPS:08d}")
+    return {kind: {name: found.tensor(kind, name) for name in found.names()} for kind in KINDS}
 
 
 def lines(run: Path, key: str = "loss") -> list[tuple[int, float]]:
@@ -67,8 +66,9 @@ def test_a_run_is_the_same_on_every_layout_and_moves_between_them(runs: Path, ru
             assert step == other and a == pytest.approx(b, abs=1e-4 if key == "grad_norm" else 1e-5), (key, step)
     ours, theirs = (read_metrics(runs / name / "metrics.jsonl")[0]["layer_1"] for name in (run, "whole-1"))
     assert ours == pytest.approx(theirs, rel=1e-4)  # means over all heads and sequences, wherever they are
-    for name, tensor in last(runs / "whole-1")["model.safetensors"].items():
-        assert (last(runs / run)["model.safetensors"][name] - tensor).abs().max() < 1e-4, name
+    ours, theirs = last(runs / run)["parameters"], last(runs / "whole-1")["parameters"]
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).abs().max() < 1e-4, name
 
 
 def test_rows_go_on_in_the_next_batch_on_every_layout_and_over_a_resume(runs: Path) -> None:
@@ -93,7 +93,7 @@ def test_bf16_keeps_fp32_master_weights_and_resumes(runs: Path) -> None:
     assert [s for s, _ in lines(runs / "bf16")] == list(range(1, STEPS + 1))
     for (_, a), (_, b) in zip(lines(runs / "bf16"), lines(runs / "whole-2"), strict=True):
         assert a == pytest.approx(b, abs=0.05)
-    weights = last(runs / "bf16")["model.safetensors"]
+    weights = last(runs / "bf16")["parameters"]
     assert any(not torch.equal(w, w.bfloat16().float()) for w in weights.values())
 
 
@@ -142,39 +142,6 @@ def test_a_folder_of_another_run_is_refused_and_untouched(runs: Path, prepared: 
         run_folder.check(other)
     run_folder.check(plan_of(runs, prepared, "whole-1", 3, 1, training={"steps": 99}, checkpoint={"every": 7}))
     assert (runs / "whole-1" / "plan.json").read_bytes() == before
-
-
-def test_a_damaged_checkpoint_is_passed_over(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = Path(shutil.copytree(runs / "whole-1", tmp_path / "run"))
-    newest = find_latest(run)
-    assert newest is not None and newest.name == "step-00000005"
-    model, state = load_model(newest)
-    assert state["step"] == 5 and not model.training
-    content = bytearray((newest / "model.safetensors").read_bytes())
-    content[-10] ^= 1
-    (newest / "model.safetensors").write_bytes(content)
-    older = find_latest(run)
-    assert older is not None and older.name == "step-00000004"
-    assert "model.safetensors is damaged" in capsys.readouterr().err
-    (older / "exp_avg.safetensors").unlink()
-    assert find_latest(run) is None
-
-
-def test_a_disk_that_is_too_small_is_named_with_both_sizes(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="needs 1,048,576,000,000 MiB and the disk of .* MiB free"):
-        check_disk(tmp_path / "runs" / "not yet there", 2**20 * 1_048_576_000_000)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_write_leaves_earlier_checkpoints_alone(runs: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(runs / "whole-1", tmp_path / "run"))
-    temporary = run / "checkpoints" / "step-00000009.tmp"
-    temporary.mkdir()
-    (temporary / "model.safetensors").mkdir()  # a folder stands where the file should go
-    with pytest.raises(UserError, match="could not be written .* earlier checkpoints are untouched"):
-        _write(temporary / "model.safetensors", {"w": torch.zeros(3)})
-    newest = find_latest(run)
-    assert newest is not None and newest.name == "step-00000005" and not temporary.exists()
 
 
 def test_refusals_end_all_ranks_with_one_plain_message(runs: Path, prepared: Path, tmp_path: Path) -> None:

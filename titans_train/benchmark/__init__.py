@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 
 NAMES = {
+    "checkpoint": "saving and loading beside whole tensors, torch's distributed checkpoint and DeepSpeed's",
     "data": "reading beside plain numpy, waits, start-up, memory; preparing beside the tokenizer alone",
+    "faults": "a tiny run struck in every way that happens to runs: survived, steps lost, time to detect",
     "memory": "the memory's speed and peak memory beside titans-pytorch, autograd and a Transformer++ block",
     "layouts": "collectives and peak memory of each layout beside the plan",
     "parity": "gradients and parameters under tensor, sequence and data parallelism and ZeRO against one process",

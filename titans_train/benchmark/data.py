@@ -30,13 +30,13 @@ def prepare_pieces(folder: Path, megabytes: int, shard_size: str) -> Path:
 
     output, texts = folder / f"shards-{shard_size}-{megabytes}", folder / f"texts-{megabytes}.jsonl"
     if not texts.exists():
-        _write_pieces(texts, megabytes << 20)
+        write_pieces(texts, megabytes << 20)
     if not output.exists() and prepare(["--input", str(texts), "--output", str(output), "--shard-size", shard_size]):
         raise RuntimeError(f"preparing {output} failed")
     return output
 
 
-def _write_pieces(path: Path, size: int) -> None:
+def write_pieces(path: Path, size: int) -> None:
     import sysconfig
 
     written = 0

@@ -54,11 +54,10 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 def reference(block: str) -> list[dict[str, Any]]:
     """Gradients, norm and parameters of each step in fp32, by plain autograd on the whole batch."""
     from titans_train.models import LanguageModel
-    from titans_train.training.checkpoint import set_seed
     from titans_train.training.optimizer import make_optimizer
 
     plan = plan_of(block, 0, ALONE, "float32")
-    set_seed(plan.config.run.seed)
+    torch.manual_seed(plan.config.run.seed)
     model = LanguageModel(plan.shape)
     optimizer = make_optimizer(model, plan.config)
     out = []
@@ -121,9 +120,8 @@ def double_gradients(block: str, parts: Any, mesh: Any) -> dict[str, Tensor]:
     from titans_train.models import LanguageModel
     from titans_train.parallel import sum_over_data
     from titans_train.parallel.split import join_over_ranks
-    from titans_train.training.checkpoint import set_seed
 
-    set_seed(0)
+    torch.manual_seed(0)
     plan = plan_of(block, 0, ALONE, "float32")
     model = LanguageModel(plan.shape, parts).double()
     tokens, _ = batch(0)

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from titans_train.config.errors import Problem, closest, show
 from titans_train.config.schema import RunConfig
-from titans_train.config.yaml_reader import Document, plain_scalar
+from titans_train.config.yaml_reader import MAX_PROBLEMS, Document, plain_scalar
 
 Error = Any  # pydantic's ErrorDetails
 
@@ -73,7 +73,10 @@ def sections_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def explain(error: ValidationError, document: Document) -> list[Problem]:
-    return [_problem(e, document) for e in error.errors(include_url=False)]
+    """One for each finding; of very many, the first."""
+    found = error.errors(include_url=False)
+    more = [Problem("", f"and {len(found) - MAX_PROBLEMS} more")] if len(found) > MAX_PROBLEMS else []
+    return [*(_problem(e, document) for e in found[:MAX_PROBLEMS]), *more]
 
 
 def _problem(error: Error, document: Document) -> Problem:

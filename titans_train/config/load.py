@@ -14,7 +14,10 @@ from titans_train.config.checks import check_partial
 from titans_train.config.errors import ConfigError, Problem, closest, show
 from titans_train.config.explain import explain, partial
 from titans_train.config.schema import RunConfig
-from titans_train.config.yaml_reader import Document, plain_scalar, read_yaml
+from titans_train.config.yaml_reader import MAX_BYTES, Document, is_text, plain_scalar, read_yaml
+from titans_train.untrusted import read_bounded
+
+MAX_BASES = 16
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> RunConfig:
@@ -79,7 +82,11 @@ def _read_with_base(path: Path, chain: list[Path], merged: Document) -> bool:
         document.problems.append(Problem("base", message, "write base: other.yaml", where))
     elif base is not None:
         target = path.parent / base
-        if target.resolve() in [p.resolve() for p in (*chain, path)]:
+        if len(chain) >= MAX_BASES:
+            message = f"more than {MAX_BASES} base files below each other"
+            merged.problems.append(Problem("base", message, "put them together into fewer", where))
+            fatal = True
+        elif target.resolve() in [p.resolve() for p in (*chain, path)]:
             names = " -> ".join(str(p) for p in (*chain, path, target))
             message = f"the base files form a circle: {names}"
             merged.problems.append(Problem("base", message, "remove one of the links", where))
@@ -96,7 +103,7 @@ def _read_text(path: Path, chain: list[Path], merged: Document) -> str | None:
     source = f"base of {chain[-1]}" if chain else ""
     label = "base" if chain else ""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_bounded(path, MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         message = f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
         problem = Problem(label, message, "save the file as UTF-8 text", source)
@@ -157,7 +164,7 @@ def _scalar(text: str) -> Any:
         return plain_scalar(text)
     try:
         events = [e for e in yaml.parse(text, Loader=yaml.SafeLoader) if isinstance(e, yaml.NodeEvent)]
-        if len(events) == 1 and isinstance(events[0], yaml.ScalarEvent):
+        if len(events) == 1 and isinstance(events[0], yaml.ScalarEvent) and is_text(events[0].value):
             return events[0].value
     except yaml.YAMLError:
         pass

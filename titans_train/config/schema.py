@@ -75,7 +75,7 @@ class Parallel(Section):
     pieces: int | None = Field(default=None, ge=1, description="parts of a scan, sent on one by one; null: chosen")
     wave: int | None = Field(default=None, ge=1, description="micro-batches per backward; null: the plan chooses")
     timeout_seconds: int = Field(
-        default=600, ge=1, description="a rank that waits longer for its model's others ends the run"
+        default=900, ge=1, description="a rank that waits longer for its model's others ends the run"
     )
     sequence_parallel: bool = Field(default=False, description="Megatron's: tensor ranks share norms and residuals too")
     zero_stage: int = Field(default=1, ge=0, le=3, description="DeepSpeed's, over the ranks with the same weights")
@@ -124,6 +124,9 @@ class Training(Section):
     carry_state: bool = Field(
         default=False, description="each row of a batch goes on where it ended in the batch before (truncated backprop)"
     )
+    skip_nonfinite: int = Field(
+        default=10, ge=0, description="steps with a loss or gradient that is not finite, of any 1,000; one more ends it"
+    )
 
 
 class Optimizer(Section):
@@ -139,7 +142,10 @@ class Optimizer(Section):
 
 class Checkpoint(Section):
     every: int = Field(default=1000, ge=1, description="steps between checkpoints; the last step always saves")
-    keep: int = Field(default=2, ge=1)
+    keep: int = Field(default=2, ge=1, description="the newest that stay")
+    keep_every: int | None = Field(default=None, ge=1, description="those of steps that this divides stay too")
+    keep_best: int = Field(default=0, ge=0, description="those with the lowest validation loss (of that step) stay too")
+    asynchronous: bool = Field(default=True, description="training goes on while a copy in host memory is written")
 
 
 class Monitoring(Section):
@@ -151,6 +157,15 @@ class Monitoring(Section):
     sample_tokens: int = Field(default=64, ge=1)
     tensorboard: bool = True
     peak_flops: float | None = Field(default=None, gt=0, description="per device; null: measured with a matmul")
+    hang_seconds: int = Field(
+        default=600, ge=1, description="a rank that has not got on for so long ends (three times as long at the start)"
+    )
+    straggler_ratio: float = Field(
+        default=1.3, gt=1, le=1000, description="a rank with more time of its own than so many medians is named"
+    )
+    compare_every: int | None = Field(
+        default=1000, ge=1, description="steps between comparisons of what ranks have copies of; null: never"
+    )
 
 
 class RunConfig(Section):

@@ -13,10 +13,13 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from titans_train.config.errors import Problem
+from titans_train.config.errors import Problem, show
 
 Path = tuple[str, ...]
 MAX_DEPTH = 16  # a config has 3 levels; more is a mistake, or an attack on the reader's stack
+MAX_BYTES = 1 << 18  # of a file; the longest config is below 10 kB
+MAX_VALUES = 10_000  # in a file
+MAX_PROBLEMS = 50  # that are named; where there are more, it is no config
 
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
@@ -51,6 +54,10 @@ class Document:
 def read_yaml(text: str, name: str) -> Document:
     """`name` is the file as it shall appear in messages. Never raises for bad text: see `problems`."""
     document = Document()
+    if len(text) > MAX_BYTES:
+        message = f"{len(text):,} characters, a config has at most {MAX_BYTES:,}"
+        document.problems.append(Problem("", message, "give the path of a config", name))
+        return document
     try:
         _Reader(yaml.parse(text, Loader=yaml.SafeLoader), name, document).document()
     except yaml.MarkedYAMLError as error:
@@ -63,15 +70,24 @@ def read_yaml(text: str, name: str) -> Document:
     return document
 
 
+def is_text(value: str) -> bool:
+    """Whether it can be printed, stored and named to the operating system: no NUL, no half of a surrogate pair."""
+    return not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
+
+
 class _Reader:
     def __init__(self, events: Iterator[Any], name: str, into: Document) -> None:
         self.events, self.name, self.into = events, name, into
+        self.depth = 0  # of the value being read; a key may be nested too
+        self.values = 0  # read so far
 
     def where(self, event: Any) -> str:
         return f"{self.name}:{event.start_mark.line + 1}"
 
     def report(self, event: Any, path: Path, message: str, suggestion: str = "") -> None:
         self.into.problems.append(Problem(".".join(path), message, suggestion, self.where(event)))
+        if len(self.into.problems) > MAX_PROBLEMS:
+            raise yaml.YAMLError(f"more than {MAX_PROBLEMS} problems, the last at line {event.start_mark.line + 1}")
 
     def document(self) -> None:
         documents = 0
@@ -86,20 +102,32 @@ class _Reader:
                 if isinstance(tree, dict):
                     self.into.tree = tree
                 elif tree is not None:
-                    message = f"a config is a mapping of sections, this is {tree!r}"
+                    message = f"a config is a mapping of sections, this is {show(tree)}"
                     self.report(first, (), message, "write 'run:', 'model:', …")
 
     def value(self, event: Any, path: Path) -> Any:
         if isinstance(event, yaml.AliasEvent):
-            self.report(event, path, f"alias *{event.anchor}: aliases are not read", "write the value out")
+            self.report(event, path, f"alias *{event.anchor[:60]}: aliases are not read", "write the value out")
             return None
         if event.tag is not None:
-            self.report(event, path, f"YAML tag {event.tag}: tags are refused", "remove the tag")
-        if len(path) > MAX_DEPTH:
+            self.report(event, path, f"YAML tag {show(event.tag)}: tags are refused", "remove the tag")
+        if self.depth > MAX_DEPTH:
             raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep at line {event.start_mark.line + 1}")
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise yaml.YAMLError(f"more than {MAX_VALUES:,} values, the last at line {event.start_mark.line + 1}")
         if isinstance(event, yaml.ScalarEvent):
-            return event.value if event.style else plain_scalar(event.value)
-        return self.mapping(path) if isinstance(event, yaml.MappingStartEvent) else self.sequence(path)
+            return self.scalar(event, path)
+        self.depth += 1
+        found = self.mapping(path) if isinstance(event, yaml.MappingStartEvent) else self.sequence(path)
+        self.depth -= 1
+        return found
+
+    def scalar(self, event: Any, path: Path) -> Any:
+        if not is_text(event.value):
+            self.report(event, path, f"{show(event.value)} is not text", "remove the escaped character")
+            return ascii(event.value)[1:-1].replace("\\", "")
+        return event.value if event.style else plain_scalar(event.value)
 
     def sequence(self, path: Path) -> list[Any]:
         items: list[Any] = []
@@ -124,8 +152,9 @@ class _Reader:
     def key(self, event: Any, path: Path) -> str:
         if isinstance(event, yaml.ScalarEvent):
             if event.tag is not None:
-                self.report(event, (*path, event.value), f"YAML tag {event.tag}: tags are refused", "remove the tag")
-            return str(event.value)
+                message = f"YAML tag {show(event.tag)}: tags are refused"
+                self.report(event, (*path, event.value), message, "remove the tag")
+            return str(event.value) if event.value.isprintable() else ascii(event.value)
         text = str(self.value(event, path))
-        self.report(event, path, f"a key must be a word, this is {text}", "write 'key: value'")
+        self.report(event, path, f"a key must be a word, this is {show(text)}", "write 'key: value'")
         return text

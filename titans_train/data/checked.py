@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def remembered(path: Path, file: FileEntry, marker: Path) -> bool:
         here = content["host"] == host_name()
         if content["state"] != _state(path, file) or (here and content["boot"] != boot()):
             return False
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
     touch(marker)
     return True
@@ -67,15 +68,22 @@ def touch(marker: Path) -> None:
 def difference(path: Path, file: FileEntry) -> str | None:
     """What is wrong with a file, None when size and hash are as the manifest says."""
     try:
-        size = path.stat().st_size
-        if size != file.bytes:
-            return f"has {size} bytes, expected {file.bytes}"
-        found = describe_file(path)
+        if (found := wrong_size(path, file)) is not None:
+            return found
+        content = describe_file(path)
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return None if found.xxh64 == file.xxh64 else f"is damaged: xxh64 {found.xxh64}, expected {file.xxh64}"
+    return None if content.xxh64 == file.xxh64 else f"is damaged: xxh64 {content.xxh64}, expected {file.xxh64}"
+
+
+def wrong_size(path: Path, file: FileEntry) -> str | None:
+    """Why a file need not be read: it is a device or pipe, or has another size. OSError: it cannot be looked at."""
+    info = path.stat()
+    if not stat.S_ISREG(info.st_mode):
+        return "is not a regular file"
+    return None if info.st_size == file.bytes else f"has {info.st_size} bytes, expected {file.bytes}"
 
 
 def _state(path: Path, file: FileEntry) -> list[int | str]:

@@ -24,6 +24,10 @@ class TooSlow(TimeoutError):
     """A transfer made no headway."""
 
 
+class TooLarge(Exception):
+    """More came than the object may have."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """`passing`: another try may help. `credentials`: other credentials may."""
@@ -85,6 +89,8 @@ def _general(error: Exception, url: str) -> Failure:
         return Failure(f"the object is missing ({text})", _PATH)
     if status in (401, 403):
         return Failure(f"access is denied ({text})", f"give credentials that may read {url.partition('://')[0]}://")
+    if isinstance(error, TooLarge):
+        return Failure(str(error), "copy it again from where the data was prepared, or prepare the data again")
     if isinstance(error, TooSlow):
         return Failure(f"the transfer is too slow: {error}", _reach(), passing=True)
     if isinstance(error, ImportError | ValueError | PermissionError):

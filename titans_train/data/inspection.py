@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.manifest import ShardEntry, TokenizerEntry
+from data_prep.manifest_checks import shown
 from titans_train.data.mds import check_offsets
+from titans_train.untrusted import parse_json
 
 _COLUMNS = {"column_names": ["name", "tokens"], "column_encodings": ["str", "bytes"]}
 _HEADER = 8
@@ -65,10 +66,10 @@ def _token_problems(
 
 def _column_problems(text: bytes) -> list[str]:
     try:
-        columns = json.loads(text)
+        columns = parse_json(text)
         found = {name: columns[name] for name in _COLUMNS}
     except (ValueError, KeyError, TypeError) as error:
-        return [f"has no description of its columns ({error})"]
+        return [f"has no description of its columns ({shown(str(error))})"]
     return [] if found == _COLUMNS else [f"has columns {found}, expected {_COLUMNS}"]
 
 

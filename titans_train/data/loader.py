@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from titans_train.data.cursor import Cursor
 from titans_train.data.dataset import TokenDataset
 from titans_train.data.errors import DataError
-from titans_train.data.readers import Readers, start_worker, worker_context
+from titans_train.data.readers import Readers, out_of_signals, start_worker, worker_context
 from titans_train.data.recall import RecallDataset
 
 if TYPE_CHECKING:
@@ -148,7 +148,8 @@ def _start(steps: _RankSteps, data: Data) -> Iterator[Any]:
         worker_init_fn=start_worker,
     )
     try:
-        return iter(reading)
+        with out_of_signals():
+            return iter(reading)
     except (OSError, EOFError) as error:
         raise DataError(
             f"data.workers {data.workers} reader processes cannot start ({error}); free memory or raise the limits of "

@@ -29,6 +29,8 @@ class MdsFile:
         self.path = path
         info = os.fstat(self.descriptor)
         self._state = _state(info)
+        if 4 * (documents + 2) > info.st_size:  # before memory is set aside for the table
+            raise ValueError(f"expected {documents} documents, {info.st_size} bytes have no table of so many")
         table = np.frombuffer(self._read(0, 4 * (documents + 2)), "<u4")
         self._offsets = table[1:].copy()
         self.ends = self._offsets[1:].data  # of each document, in bytes; fast to index

@@ -5,6 +5,9 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -13,6 +16,7 @@ import torch
 
 from titans_train.data.errors import DataError
 from titans_train.data.parent import end_with_parent, state_of
+from titans_train.monitoring.signals import held_back
 
 _ENDING_SECONDS = 5.0  # for reader processes to end by themselves
 _abandoned: list[Any] = []
@@ -100,6 +104,19 @@ def worker_context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["titans_train.data.preload"])
     return context
+
+
+@contextmanager
+def out_of_signals() -> Iterator[None]:
+    """Reader processes that are started within, and what they are forked from, never see a request to stop.
+
+    Such a signal often goes to every process of a job. Python's resource tracker, started with them, puts an end to
+    holding back SIGTERM, so it is started first.
+    """
+    with held_back():
+        resource_tracker.ensure_running()
+        with held_back():
+            yield
 
 
 def start_worker(number: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from titans_train.data import s3
 from titans_train.data.errors import DataError
-from titans_train.data.failures import Failure, TooSlow, explain
+from titans_train.data.failures import Failure, TooLarge, TooSlow, explain
 from titans_train.data.shim import import_streaming
 
 SLOWEST = 16 << 10  # bytes per second; less than this for timeout_seconds is no transfer
@@ -34,16 +34,17 @@ class Remote:
     timeout_seconds: float = 60
     attempts: int = 5
 
-    def fetch(self, url: str, target: Path) -> None:
+    def fetch(self, url: str, target: Path, most: int | None = None) -> None:
         """Bring the object at `url` to `target`: whole, or not at all. Until then it is `target` with the try's number.
 
-        DataError: names the URL, tries, time, cause and remedy. OSError: the local disk is full.
+        `most`: bytes; an object that turns out to have more is given up. DataError: names the URL, tries, time, cause
+        and remedy. OSError: the local disk is full.
         """
         started = time.monotonic()
         for attempt in range(1, self.attempts + 1):
             partial = target.with_name(f"{target.name}.{attempt}")
             try:
-                _Transfer(url, partial, self.timeout_seconds).run()
+                _Transfer(url, partial, self.timeout_seconds, most).run()
                 os.replace(partial, target)
                 return
             except Exception as error:  # each storage client has errors of its own
@@ -69,19 +70,20 @@ class _Transfer:
     A thread that hangs is left behind. It ends with its connection, and its file has no name by then.
     """
 
-    def __init__(self, url: str, target: Path, timeout: float) -> None:
-        self._url, self._target, self._timeout = url, target, timeout
+    def __init__(self, url: str, target: Path, timeout: float, most: int | None) -> None:
+        self._url, self._target, self._timeout, self._most = url, target, timeout, most
         self._stop = threading.Event()
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Return when the file is complete. Raises what the storage client raises, TooSlow."""
+        """Return when the file is complete. Raises what the storage client raises, TooSlow, TooLarge."""
         work = self._s3 if self._url.startswith("s3://") else self._other(self._url)
         thread = threading.Thread(target=self._work, args=(work,), daemon=True, name="fetch")
         thread.start()
         since, came = time.monotonic(), 0
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
+            self._check_size()
             seconds = time.monotonic() - since
             if seconds < self._timeout:
                 continue
@@ -92,6 +94,12 @@ class _Transfer:
             since, came = time.monotonic(), now
         if self._error is not None:
             raise self._error
+        self._check_size()
+
+    def _check_size(self) -> None:
+        if self._most is not None and _size(self._target) > self._most:
+            self._stop.set()
+            raise TooLarge(f"it has more than the {self._most:,} bytes that it may have")
 
     def _work(self, work: Callable[[], None]) -> None:
         try:

@@ -5,7 +5,6 @@ Every shard is checked when a process first opens it, in the calling thread, and
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from data_prep.manifest import FILE_NAME, Manifest, ManifestError, ShardEntry
 from titans_train.data import opened
 from titans_train.data.cache import Cache, clean_shared_memory
 from titans_train.data.errors import DataError
+from titans_train.data.lengths import read_lengths
 from titans_train.data.mds import MdsFile, Tokens
 from titans_train.data.remote import Remote
 from titans_train.data.verified import REMEDY, VerifiedFiles, read_manifest
@@ -141,13 +141,13 @@ class ShardStore:
             return content
 
         try:
-            lengths: Integers = np.load(io.BytesIO(_retried(verified)))
+            lengths = read_lengths(_retried(verified), entry.documents)
         except (OSError, ValueError) as error:
             raise DataError(f"{label}: {error}; {REMEDY}") from error
-        if lengths.shape != (entry.documents,) or int(lengths.sum()) != entry.tokens:
+        if int(lengths.sum()) != entry.tokens:
             raise DataError(
-                f"{label}: {len(lengths)} documents of {int(lengths.sum())} tokens, "
-                f"the manifest says {entry.documents} of {entry.tokens}; prepare the data again"
+                f"{label}: {len(lengths)} documents of {int(lengths.sum())} tokens, the manifest says {entry.tokens}; "
+                "prepare the data again"
             )
         return lengths
 

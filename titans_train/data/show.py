@@ -55,7 +55,8 @@ def _cursor(config: RunConfig, dataset: TokenDataset, step: int) -> Cursor:
     DataError where the config says other data or weights than the run has read.
     """
     size = config.training.global_batch_size
-    checkpoints = sorted((Path(config.run.folder) / config.run.name / "checkpoints").glob("step-????????/state.json"))
+    folder = Path(config.run.folder) / config.run.name / "checkpoints"
+    checkpoints = sorted(folder.glob("step-????????/manifest.json"))
     if not checkpoints:
         return Cursor.constant(size)
     state = json.loads(checkpoints[-1].read_text("utf-8"))

@@ -17,11 +17,12 @@ from pathlib import Path
 import zstandard
 
 from data_prep.addresses import is_remote
-from data_prep.manifest import FILE_NAME, FileEntry, ShardEntry
+from data_prep.manifest import FILE_NAME, LARGEST, FileEntry, ShardEntry
 from titans_train.data.cache import MARKER, Cache
-from titans_train.data.checked import difference, problem, remembered
+from titans_train.data.checked import difference, problem, remembered, wrong_size
 from titans_train.data.errors import DataError
 from titans_train.data.remote import Remote
+from titans_train.untrusted import read_bounded
 
 REMEDY = "copy the file again from where the data was prepared, or prepare the data again"
 _FETCHES = 3  # of an object whose content is wrong: a fault of the transfer heals, a damaged object does not
@@ -32,15 +33,15 @@ def read_manifest(path: str, cache: Cache, remote: Remote) -> str:
     """The text of a folder's manifest, fetched anew where it is remote. DataError: there is none."""
     if not is_remote(path):
         try:
-            return (Path(path) / FILE_NAME).read_text("utf-8")
+            return read_bounded(Path(path) / FILE_NAME, LARGEST).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"cannot read {path}/{FILE_NAME} ({error}); set data.path to a folder made by python -m data_prep"
             ) from error
     target = cache.temporary(cache.make() / FILE_NAME)
     try:
-        remote.fetch(f"{path}/{FILE_NAME}", target)
-        return target.read_text("utf-8")
+        remote.fetch(f"{path}/{FILE_NAME}", target, LARGEST)
+        return read_bounded(target, LARGEST).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}/{FILE_NAME} is not a manifest ({error}); prepare the data again") from error
     finally:
@@ -137,13 +138,16 @@ class VerifiedFiles:
         """A checked copy of a stored file at `target`."""
         source = "/".join(part for part in (self.path, folder, file.name) if part)
         if not is_remote(self.path):
+            with contextlib.suppress(OSError):  # what is wrong is found below; a device's copy would never end
+                if (found := wrong_size(Path(source), file)) is not None:
+                    raise DataError(f"shard file {source} {found}; {REMEDY}")
             with contextlib.suppress(FileNotFoundError, PermissionError):
                 shutil.copyfile(source, target)
             if found := difference(target, file):
                 raise DataError(f"shard file {source} {found}; {REMEDY}")
             return
         for _ in range(_FETCHES):
-            self.remote.fetch(source, target)
+            self.remote.fetch(source, target, file.bytes)
             if (found := difference(target, file)) is None:
                 return
         raise DataError(f"shard file {source}, fetched {_FETCHES} times, {found}; {REMEDY}")

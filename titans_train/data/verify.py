@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,16 +30,20 @@ from data_prep.manifest import (
     SplitEntry,
     hash_stream,
 )
+from data_prep.manifest_checks import shown
 from titans_train.data import s3
 from titans_train.data.cache import Cache
+from titans_train.data.checked import wrong_size
 from titans_train.data.errors import DataError
 from titans_train.data.inspection import shard_problems
+from titans_train.data.lengths import read_lengths
 from titans_train.data.remote import Remote
 from titans_train.data.verified import read_manifest
 from titans_train.data.verify_report import Report, SourceRow, lines, source_row
+from titans_train.untrusted import parse_json
 
 _FETCHES = 3  # of an object whose content is wrong
-_TYPES = {"int": int, "str": str}
+_BLOCK_BYTES = 1 << 20
 
 
 def main(args: Sequence[str]) -> int:
@@ -107,10 +110,6 @@ class _Check:
             self.manifest = Manifest.from_text(read_manifest(path, cache, remote), where)
         except (ManifestError, DataError) as error:
             raise DataError(_plain(str(error))) from error
-        except TypeError as error:  # of its sums
-            raise DataError(f"{where} is not a complete manifest ({error}); prepare the data again") from error
-        if wrong := next(_wrong_types(self.manifest, ""), None):
-            raise DataError(f"{where}: {wrong}; prepare the data again")
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
 
     def run(self, threads: int) -> tuple[list[str], list[SourceRow]]:
@@ -151,7 +150,7 @@ class _Check:
         target = self._cache.temporary(self._cache.make() / "verify" / Path(name).name)
         try:
             with self._cache.room(file.bytes):
-                self._remote.fetch(f"{self._path}/{name}", target)
+                self._remote.fetch(f"{self._path}/{name}", target, file.bytes)
                 return _compared(target, file, keep)
         finally:
             target.unlink(missing_ok=True)
@@ -208,9 +207,9 @@ class _Check:
         if problems:
             return problems
         try:
-            shards = [_indexed(shard) for shard in json.loads(content)["shards"]]
-        except (ValueError, KeyError, TypeError) as error:
-            return [f"{name} is not an index of mosaicml-streaming ({type(error).__name__}: {error})"]
+            shards = [_indexed(shard) for shard in parse_json(content)["shards"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return [f"{name} is not an index of mosaicml-streaming ({type(error).__name__}: {shown(str(error))})"]
         expected = [(shard.documents, shard.raw, shard.compressed) for shard in entry.shards]
         if len(shards) != len(expected):
             return [f"{name} has {len(shards)} shards, the manifest says {len(expected)}"]
@@ -226,12 +225,9 @@ class _Check:
         if problems:
             return None, problems
         try:
-            lengths = np.load(io.BytesIO(content))
+            return read_lengths(content, entry.documents), []
         except ValueError as error:
-            return None, [f"{name} is not an array ({error})"]
-        if lengths.shape != (entry.documents,) or lengths.dtype != np.int64:
-            return None, [f"{name} is {lengths.dtype} {lengths.shape}, expected int64 ({entry.documents},)"]
-        return lengths, []
+            return None, [f"{name}: {error}"]
 
     def _jobs(
         self, folder: str, entry: SplitEntry, lengths: NDArray[np.int64] | None
@@ -264,24 +260,6 @@ def _plain(text: str) -> str:
     return text.replace("set data.path to", "name").replace("data.path", "the path")
 
 
-def _wrong_types(value: Any, where: str) -> Iterator[str]:
-    """Where a manifest holds a text for a number, or the other way round."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _wrong_types(item, f"{where}/{key}")
-    elif isinstance(value, tuple):
-        for number, item in enumerate(value):
-            yield from _wrong_types(item, f"{where}/{number}")
-    elif is_dataclass(value):
-        for field in fields(value):
-            item, name = getattr(value, field.name), f"{where}/{field.name}".lstrip("/")
-            kind = _TYPES.get(str(field.type))
-            if kind is not None and (not isinstance(item, kind) or isinstance(item, bool)):
-                yield f"{name} is {item!r}, expected {'a number' if kind is int else 'a text'}"
-            elif name not in ("settings", "report"):
-                yield from _wrong_types(item, name)
-
-
 def _below(root: Path, known: set[str]) -> Iterator[str]:
     """Paths of all files, and of the folders with nothing in them but hidden files; none below a hidden folder."""
     for folder, folders, names in os.walk(root):
@@ -296,8 +274,8 @@ def _below(root: Path, known: set[str]) -> Iterator[str]:
 
 def _compared(path: Path, file: FileEntry, keep: bool) -> tuple[bytes, str]:
     """(content if it is to be kept, how it differs from the manifest's entry); a file of another size is not read."""
-    if (size := path.stat().st_size) != file.bytes:
-        return b"", f"has {size} bytes, expected {file.bytes}"
+    if (found := wrong_size(path, file)) is not None:
+        return b"", found
     content = path.read_bytes() if keep else b""
     if keep:
         digest = xxhash.xxh64_hexdigest(content)
@@ -311,8 +289,11 @@ def _compared(path: Path, file: FileEntry, keep: bool) -> tuple[bytes, str]:
 
 def _decompressed(content: bytes, size: int) -> bytes:
     """At most a byte more than expected: a damaged header may promise anything."""
+    found = bytearray()
     with zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True) as reader:
-        return reader.read(size + 1)
+        while len(found) <= size and (block := reader.read(min(_BLOCK_BYTES, size + 1 - len(found)))):
+            found += block
+    return bytes(found)
 
 
 def _indexed(shard: dict[str, Any]) -> tuple[int, FileEntry, FileEntry | None]:
@@ -322,6 +303,8 @@ def _indexed(shard: dict[str, Any]) -> tuple[int, FileEntry, FileEntry | None]:
     )
     if raw is None:
         raise ValueError("a shard without raw_data")
+    if not all(str(file.name).isprintable() for file in (raw, compressed) if file is not None):
+        raise ValueError(f"a file is called {shown(raw.name)}")
     return shard["samples"], raw, compressed
 
 

@@ -17,7 +17,7 @@ def main(args: Sequence[str]) -> int:
     from titans_train.inference.source import check_tokenizer, find, load_checked
 
     parser = argparse.ArgumentParser(prog="python -m titans_train evaluate", description=__doc__)
-    parser.add_argument("source", metavar="CONFIG.yaml|RUN|CHECKPOINT")
+    parser.add_argument("source", metavar="CONFIG.yaml|RUN|CHECKPOINT|EXPORT")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--checkpoint", help="a checkpoint of the run, as step-00000100 (default: the newest)")
     parser.add_argument("--data", help="prepared folder (default: the run's own)")

@@ -16,11 +16,13 @@ from titans_train.inference.sampling import Reading, Sampler, generate, read
 from titans_train.inference.source import encode, find, load_checked, tokenizer_of
 from titans_train.models import LanguageModel
 from titans_train.models.state import ModelState, load_tensor
+from titans_train.models.stored import fingerprint
+from titans_train.models.tree import tensors_of
 
 
 def _arguments(args: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m titans_train generate", description="Text from a checkpoint.")
-    parser.add_argument("source", metavar="CONFIG.yaml|RUN|CHECKPOINT")
+    parser.add_argument("source", metavar="CONFIG.yaml|RUN|CHECKPOINT|EXPORT")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--checkpoint", help="a checkpoint of the run, as step-00000100 (default: the newest)")
     text = parser.add_mutually_exclusive_group()
@@ -55,14 +57,29 @@ def _load(path: Path, model: LanguageModel, weights: torch.Tensor, random: torch
     try:
         reading = Reading(ModelState.load(path, model.shape), load_tensor(path, "next_logits"))
         found, state = load_tensor(path, "weights"), load_tensor(path, "random")
-    except (ValueError, OSError, SafetensorError) as error:
+        _check(reading, model)
+    except (UserError, OSError) as error:
         raise UserError(f"{error}; --load-state takes a file that generate saved with the same model") from error
-    if not torch.equal(found, weights):
+    if found.dtype != weights.dtype or not torch.equal(found, weights):
         raise UserError(
             f"{path} was saved by another checkpoint: same architecture, other parameters; name the one that made it"
         )
-    random.set_state(state)
+    try:
+        random.set_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{path} holds no state of torch's random numbers ({error}); give --seed") from error
     return reading
+
+
+def _check(reading: Reading, model: LanguageModel) -> None:
+    """UserError for a state of several rows or another dtype than the model's, or logits that are not this model's."""
+    dtype, rows = next(model.parameters()).dtype, {tensor.shape[0] for tensor in tensors_of(reading.state)}
+    dtypes = {tensor.dtype for tensor in tensors_of(reading.state)} - {torch.bool}
+    if rows != {1} or dtypes != {dtype}:
+        raise UserError(f"its state is {', '.join(map(str, dtypes))} of {rows} rows, expected {dtype} of one")
+    logits, expected = reading.logits, (model.shape.vocabulary,)
+    if logits.shape != expected or logits.dtype != dtype:
+        raise UserError(f"its logits are {logits.dtype} {list(logits.shape)}, expected {dtype} {list(expected)}")
 
 
 def _save(path: Path, reading: Reading, model: LanguageModel, weights: torch.Tensor, random: torch.Generator) -> None:
@@ -87,11 +104,11 @@ def main(args: Sequence[str]) -> int:
         raise UserError(f"--save-state {options.save_state}: there is no folder {options.save_state.parent}; create it")
     source = find(options.source, options.overrides, options.checkpoint)
     tokenizer = tokenizer_of(source)
-    model, record = load_checked(source)
-    weights = torch.tensor(list(bytes.fromhex(record["files"]["model.safetensors"])), dtype=torch.uint8)
+    model, _ = load_checked(source)
+    weights = fingerprint(model) if options.load_state or options.save_state else None
     random = torch.Generator().manual_seed(0)
     reading = None
-    if options.load_state is not None:
+    if options.load_state is not None and weights is not None:
         reading = _load(options.load_state, model, weights, random)
     if options.seed is not None:
         random.manual_seed(options.seed)
@@ -104,7 +121,7 @@ def main(args: Sequence[str]) -> int:
         out.append(token)
         reading = after
     sys.stdout.write(prompt + tokenizer.decode(out) + "\n")
-    if options.save_state is not None:
+    if options.save_state is not None and weights is not None:
         _save(options.save_state, reading, model, weights, random)
         print(f"state saved to {options.save_state}", file=sys.stderr)
     return 0

@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from titans_train.errors import UserError
 from titans_train.memory.layer import MemoryLayerState
 from titans_train.memory.state import MemoryState
 from titans_train.models.attention import AttentionState
 from titans_train.models.blocks import BlockState
 from titans_train.models.mac import MACState
+from titans_train.models.state_checks import problems
 from titans_train.models.tree import map_tensors
 from titans_train.shape import ModelShape
+from titans_train.untrusted import parse_json
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,27 @@ class ModelState:
 
     @classmethod
     def load(cls, path: str | Path, shape: ModelShape) -> ModelState:
-        """Raises ValueError if the file belongs to another architecture (chunk size included)."""
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if not {"tree", "shape"} <= metadata.keys():
-                raise ValueError(f"{path} is not a saved model state (no tree and shape in its metadata)")
-            differing = _differences(json.loads(metadata["shape"]), shape.to_dict())
-            if differing:
-                raise ValueError(f"{path} was saved by another model: {'; '.join(differing)}")
-            state = _put_together(json.loads(metadata["tree"]), file)
-        assert isinstance(state, ModelState)
+        """UserError if it is no state, or of another architecture (chunk size included). Its dtype stays."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if not {"tree", "shape"} <= metadata.keys():
+                    raise UserError(f"{path} is not a saved model state (no tree and shape in its metadata)")
+                saved = parse_json(metadata["shape"])
+                differing = _differences(saved if isinstance(saved, dict) else {}, shape.to_dict())
+                if differing:
+                    raise UserError(f"{path} was saved by another model: {'; '.join(differing)}")
+                state = _put_together(parse_json(metadata["tree"]), file)
+        except UserError:
+            raise
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{path} is not a saved model state ({type(error).__name__}: {str(error)[:200]})"
+            ) from error
+        if not isinstance(state, ModelState):
+            raise UserError(f"{path} is not a saved model state: it holds a {type(state).__name__}")
+        if problem := next(problems(state.blocks, shape), None):
+            raise UserError(f"{path} is not a state of this model: {problem}")
         return state
 
     def detach(self) -> ModelState:
@@ -56,12 +70,15 @@ class ModelState:
 
 
 def load_tensor(path: str | Path, name: str) -> Tensor:
-    """A tensor that was saved beside a state."""
-    with safe_open(str(path), framework="pt") as file:
-        if name not in file.keys():  # noqa: SIM118
-            raise ValueError(f"{path} has no tensor {name!r}")
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
+    """A tensor that was saved beside a state. UserError: there is none."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            if name not in file.keys():  # noqa: SIM118
+                raise UserError(f"{path} has no tensor {name!r}")
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a saved model state ({error})") from error
 
 
 TYPES: dict[str, Any] = {
@@ -76,7 +93,7 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = ""
         if isinstance(a, dict) and isinstance(b, dict):
             out += _differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            out.append(f"{prefix}{key} is {a} in the file, {b} in this model")
+            out.append(f"{prefix}{str(key)[:40]} is {str(a)[:40]} in the file, {b} in this model")
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ class Metrics:
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)  # type: ignore[no-untyped-call]
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
-        """Numbers, or {name: number} groups, which become name/sub scalars."""
+        """Numbers, or {name: number} groups, which become name/sub scalars. Those that are not finite are left out."""
+        figures = _finite(figures)
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
         if self._writer is not None:
             for name, value in figures.items():
@@ -44,6 +46,12 @@ class Metrics:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _finite(figures: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no other numbers, and no reader of a curve asks for them."""
+    whole = {name: _finite(value) if isinstance(value, dict) else value for name, value in figures.items()}
+    return {name: value for name, value in whole.items() if not isinstance(value, float) or math.isfinite(value)}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from torch import Tensor, nn
 from titans_train.parallel.groups import DeepSpeedGroups, tensor_group
 from titans_train.parallel.launch import device
 from titans_train.parallel.mesh import Mesh
+from titans_train.parallel.pieces import KINDS, MOMENTS, Piece, Pieces
 from titans_train.parallel.split import join_over_ranks, split_of
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def import_deepspeed(log_file: Path | None) -> Any:
@@ -107,7 +105,9 @@ class Engine:
         )  # fmt: skip
         self._base = optimizer
         self._norm: Tensor | None = None
+        self.applied = True  # the last step, on every rank alike; False: it was not finite and has changed nothing
         self._make_moments()
+        self.pieces = Pieces(model, optimizer, self._engine.optimizer, self.stage, mesh)
 
     # ---- one step
 
@@ -122,14 +122,30 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self, learning_rate: float) -> None:
-        """After every backward. At the last one of a step: clips by the global norm and moves the parameters."""
-        boundary = self._engine.is_gradient_accumulation_boundary()
-        if boundary:
-            for group in self._engine.optimizer.param_groups:
-                group["lr"] = learning_rate
-            if self.stage == 0:  # the engine reports no norm here
-                self._norm = self._norm_of_gradients()
+        """After every backward. At the last one of a step: clips by the global norm and moves the parameters.
+
+        Where that norm is not finite nothing is moved, on any rank, and Adam's state and count stay; see `applied`.
+        """
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.stage == 0:
+            self._step_whole()
+        else:
+            self._engine.step()
+            self.applied = bool(self._engine.was_step_applied())
+
+    def _step_whole(self) -> None:
+        """Stage 0, where DeepSpeed neither reports a norm nor looks at it: torch's fused Adam can be told to pass."""
+        self._norm = self._norm_of_gradients()
+        self.applied = bool(torch.isfinite(self._norm))
+        if not self.applied:
+            self._base.found_inf = torch.ones((), device=device())  # type: ignore[attr-defined]
         self._engine.step()
+        if not self.applied:
+            del self._base.found_inf  # type: ignore[attr-defined]
 
     def _norm_of_gradients(self) -> Tensor:
         """Each parameter counted once: those that tensor-parallel ranks share on the first of them."""
@@ -168,6 +184,14 @@ class Engine:
             value = parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
             yield name, join_over_ranks(parameter, value, self.mesh)
 
+    def collected(self) -> dict[str, Tensor]:
+        """The whole fp32 parameters by name, in host memory, on the first rank; {} on the others."""
+        found = {}
+        for name, value in self.parameters():
+            if self.mesh.is_first:
+                found[name] = value.detach().float().to("cpu", copy=True)
+        return found
+
     def moments(self, key: str) -> Iterator[tuple[str, Tensor]]:
         """Adam's `exp_avg` or `exp_avg_sq`; zeros before the first step."""
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -179,37 +203,15 @@ class Engine:
                 value = safe_get_full_optimizer_state(parameter, key)
             yield name, join_over_ranks(parameter, value, self.mesh)
 
-    def load(self, values: dict[str, dict[str, Tensor]], optimizer_step: int) -> None:
-        """Sets parameters, exp_avg and exp_avg_sq ({kind: {name: tensor}}) and Adam's step count."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        def own(parameter: Tensor, whole: Tensor) -> Tensor:
-            split = split_of(parameter)
-            return (whole if split is None else split.share(whole, self.mesh.tensor_rank)).to(device())
-
+    def restore(self, read: Callable[[str, Piece], Tensor], optimizer_step: int) -> None:
+        """Sets parameters and moments to `read(kind, piece)` [piece.count], and Adam's step count. Collective."""
         with torch.no_grad():
-            for name, parameter in self._parameters():
-                value = own(parameter, values["parameters"][name])
-                if self.stage:
-                    safe_set_full_fp32_param(parameter, value)
-                with self.gathered(parameter):  # the copy that the forward uses
-                    parameter.copy_(value)
-                for key in MOMENTS:
-                    moment = own(parameter, values[key][name])
-                    if self.stage == 0:
-                        self._base.state[parameter][key].copy_(moment)
-                    else:
-                        safe_set_full_optimizer_state(parameter, moment, key)
+            for piece in self.pieces.held():
+                for kind in KINDS:
+                    self.pieces.value(kind, piece).copy_(read(kind, piece))
+            self.pieces.publish()
         for state in self._base.state.values():
             state["step"].fill_(float(optimizer_step))
-
-    def gathered(self, *parameters: nn.Parameter) -> AbstractContextManager[Any]:
-        """Within, these parameters are whole on this rank, and changes made alike on all ranks stay (stage 3)."""
-        if self.stage < 3:
-            return nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)  # type: ignore[no-any-return]
 
     def optimizer_step(self) -> int:
         """Adam's own count of steps."""

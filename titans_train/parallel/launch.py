@@ -13,11 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titans_train.errors import UserError
+from titans_train.monitoring.signals import Requeue
 from titans_train.parallel.groups import data_group, leave_groups, make_groups
 from titans_train.parallel.mesh import Mesh
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
+_hosts: list[dist.ProcessGroup] = []  # beside NCCL's world: one for the hosts
 
 
 def device() -> torch.device:
@@ -28,24 +30,27 @@ def device() -> torch.device:
 
 
 @contextmanager
-def process_group(tensor: int = 1, sequence: int = 1, timeout: timedelta = TIMEOUT) -> Iterator[Mesh]:
+def process_group(
+    tensor: int = 1, sequence: int = 1, timeout: timedelta = TIMEOUT, world_timeout: timedelta = TIMEOUT
+) -> Iterator[Mesh]:
     """Joins the group that torchrun describes in the environment, or a group of one; leaves it at the end.
 
-    timeout: how long a rank waits for those that it shares a model with. ValueError if the processes form no mesh.
+    timeout: how long a rank waits for those that it shares a model with; world_timeout: for any other. ValueError if
+    the processes form no mesh. After an error of this rank alone the group is not left, which may take for ever: the
+    process is to end.
     """
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=world_timeout)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-    try:
-        with mesh_of(tensor, sequence, timeout) as mesh:
-            yield mesh
-    finally:
-        dist.destroy_process_group()
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=world_timeout)
+    if backend == "nccl":
+        _hosts.append(dist.new_group(backend="gloo", timeout=world_timeout))
+    with _left_together(dist.destroy_process_group), mesh_of(tensor, sequence, timeout) as mesh:
+        yield mesh
 
 
 @contextmanager
@@ -53,10 +58,31 @@ def mesh_of(tensor: int = 1, sequence: int = 1, timeout: timedelta = TIMEOUT) ->
     """The processes that have joined as a mesh, with its groups. Collective."""
     mesh = Mesh(dist.get_rank(), dist.get_world_size(), tensor, sequence)
     make_groups(mesh, timeout)
-    try:
+    with _left_together(lambda: leave_groups(mesh)):
         yield mesh
-    finally:
-        leave_groups(mesh)
+
+
+@contextmanager
+def _left_together(leave: Callable[[], None]) -> Iterator[None]:
+    """Leaves a group unless this rank alone has failed: the others are still in it, and leaving may wait for them."""
+    try:
+        yield
+    except BaseException as error:
+        if together(error):
+            leave()
+        raise
+    leave()
+
+
+def together(error: BaseException) -> bool:
+    """Whether every rank raises it, at the same place."""
+    agreed = error.agreed if isinstance(error, UserError) else isinstance(error, Requeue)
+    return agreed or dist.get_world_size() == 1
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """All ranks, for tensors on the CPU, whose exchange waits for no device; None: the world's own."""
+    return _hosts[0] if _hosts else None
 
 
 def gather(value: T) -> list[T]:
@@ -64,6 +90,13 @@ def gather(value: T) -> list[T]:
     values: list[T] = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_first(value: T, on: Mesh) -> list[T]:
+    """Every rank's value (a picklable object), in rank order, on the first rank; [] on the others. Collective."""
+    values: list[T] | None = [value] * on.world_size if on.is_first else None
+    dist.gather_object(value, values, group=host_group())
+    return values or []
 
 
 def agree(check: Callable[[], T], on: Mesh, first_only: bool = False) -> T:

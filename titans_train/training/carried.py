@@ -44,10 +44,17 @@ class CarriedStates:
             values = iter(received)
             self.states[number] = map_tensors(lambda _: next(values), state)
 
+    def kept(self) -> list[ModelState | None]:
+        """What `put_back` takes, when a step is not to count."""
+        return list(self.states)
+
+    def put_back(self, kept: list[ModelState | None]) -> None:
+        self.states = kept
+
     # ---- files: one for each data rank's rows, with all heads
 
-    def save(self, folder: Path) -> str | None:
-        """Writes this rank's rows; the file's name, or None where another rank writes or there are none.
+    def snapshot(self) -> tuple[str, ModelState] | None:
+        """This rank's rows in host memory, for the file of that name; None where another rank has them or none are.
 
         Collective over the tensor-parallel ranks.
         """
@@ -57,8 +64,7 @@ class CarriedStates:
         if self.mesh.tensor_rank:
             return None
         name = f"carried-{self.mesh.data_rank * self.rows:08d}.safetensors"
-        whole.save(folder / name, self.plan.shape)
-        return name
+        return name, map_tensors(lambda t: t.detach().to("cpu", copy=True), whole)
 
     def load(self, folder: Path, names: Iterable[str]) -> None:
         """Takes this rank's rows from files that any layout has written, given in the order of their rows."""

@@ -1,232 +1,232 @@
-"""Checkpoints: one logical file set, whatever the layout that wrote it.
+"""Checkpoints on disk, to read: one logical checkpoint, whatever the layout that wrote it or reads it.
 
-    <run>/checkpoints/step-00000010/   model.safetensors, exp_avg.safetensors, exp_avg_sq.safetensors (fp32, by name)
-                                       carried-N.safetensors (rows from N of the batch, with training.carry_state)
-                                       state.json: step, Adam's step, tokens, shape, config, data, sha256 of each file
-    <run>/checkpoints/latest           the newest folder's name
+    <run>/checkpoints/step-00000010/   rank-N.safetensors: pieces of parameters and moments, fp32, as rank N held them
+                                       carried-N.safetensors: states of rows from N of the batch (training.carry_state)
+                                       manifest.json: all else, with the size and sha256 of each file and of itself
+    <run>/checkpoints/latest           the newest folder's name, for readers outside
 
-Written beside as step-N.tmp, flushed, renamed when complete; then the pointer; then old ones are removed. Nothing is
-ever unpickled.
+manifest.json: step, optimizer_step (Adam's), tokens, validation_loss (of this step, or null), skipped (steps), shape,
+config, layout, data (data/cursor.py), random (base64), tensors {name: {shape, dim, sections}} (how ranks cut it),
+pieces {file: [[name, part, parts, start, count], ...]}, files {name: {bytes, sha256}}, sha256.
+
+Nothing is unpickled. checkpoint_saver.py writes, resume.py goes on from one, checkpoint_folder.py keeps and removes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from titans_train.data import RecallDataset, TokenDataset
-from titans_train.data.cursor import Cursor, check_goes_on, read_cursor, record
+from data_prep.durable import whole_file
 from titans_train.errors import UserError
 from titans_train.models import LanguageModel
-from titans_train.parallel import Engine, Mesh, agree, gather
-from titans_train.parallel.engine import MOMENTS
-from titans_train.plan import Plan
+from titans_train.parallel.pieces import KINDS, Piece
+from titans_train.parallel.split import Split
 from titans_train.shape import ModelShape
-from titans_train.training.carried import CarriedStates
 
-FILES = {"parameters": "model.safetensors", **{key: f"{key}.safetensors" for key in MOMENTS}}
+MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 1 << 30  # bytes
+FORMAT = 2
+_FILE_NAME = re.compile(r"(rank-\d{5,}|carried-\d{8,})\.safetensors")
+_NEEDED = ("step", "optimizer_step", "tokens", "shape", "config", "data", "tensors", "pieces", "files", "sha256")
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What a run has done: optimiser steps, and where its data go on."""
+class DamagedCheckpoint(UserError):
+    """Something of a checkpoint is missing, or is not what was written."""
 
-    step: int
-    cursor: Cursor
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    with whole_file(folder / MANIFEST) as stream:
+        stream.write(json.dumps({**manifest, "sha256": _digest(manifest)}, sort_keys=True).encode())
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """manifest.json of a checkpoint's folder, if it is as it was written. DamagedCheckpoint says what is wrong."""
+    try:
+        if (path / MANIFEST).stat().st_size > LARGEST_MANIFEST:
+            raise DamagedCheckpoint(f"{path / MANIFEST} has more than {LARGEST_MANIFEST:,} bytes: it is no manifest")
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{path} is not a complete checkpoint: it has no {MANIFEST}") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged: {error}") from error
+    if not isinstance(manifest, dict) or not all(key in manifest for key in _NEEDED):
+        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged or of an earlier version: it lacks entries")
+    if manifest["sha256"] != _digest(manifest):
+        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged: its sha256 is not the one that it states")
+    return manifest
+
+
+def check_files(path: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -> None:
+    """DamagedCheckpoint unless these files of a checkpoint have the sizes and hashes that its manifest states."""
+    for name in names:
+        file, expected = path / name, files[name]
+        try:
+            size = file.stat().st_size
+            if size != expected["bytes"]:
+                raise DamagedCheckpoint(f"{file} is damaged: {size:,} bytes, expected {expected['bytes']:,}")
+            found = sha256_of(file)
+        except FileNotFoundError as error:
+            raise DamagedCheckpoint(f"{file} is missing") from error
+        if found != expected["sha256"]:
+            raise DamagedCheckpoint(f"{file} is damaged: sha256 {found[:16]}, expected {str(expected['sha256'])[:16]}")
+
+
+class Checkpoint:
+    """A checkpoint's manifest and tensors, each put together from its pieces when it is asked for."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path, self.manifest = path, manifest
+        self._files: dict[str, Any] = {}
+        try:
+            self._index = self._check()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedCheckpoint(f"{path / MANIFEST} contradicts itself: {error!r}") from error
 
     @classmethod
-    def start(cls, plan: Plan) -> Progress:
-        return cls(0, Cursor.constant(plan.config.training.global_batch_size))
+    def open(cls, path: Path, verify: bool = True) -> Checkpoint:
+        """verify: read every file and compare its hash. DamagedCheckpoint names what is not as it was written."""
+        checkpoint = cls(path, read_manifest(path))
+        if verify:
+            check_files(path, checkpoint.files, checkpoint.files)
+        return checkpoint
 
     @property
-    def sequences(self) -> int:
-        """Read so far."""
-        return self.cursor.sequences(self.step)
+    def step(self) -> int:
+        return int(self.manifest["step"])
 
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        return self.manifest["files"]  # type: ignore[no-any-return]
 
-def checkpoint_folder(run_directory: Path) -> Path:
-    return run_directory / "checkpoints"
+    @property
+    def carried(self) -> list[str]:
+        """Files of carried states."""
+        return [name for name in self.files if name.startswith("carried-")]
 
+    def names(self) -> list[str]:
+        """Of the parameters."""
+        return list(self.manifest["tensors"])
 
-def save(
-    engine: Engine,
-    plan: Plan,
-    progress: Progress,
-    data: TokenDataset | RecallDataset,
-    mesh: Mesh,
-    carried: CarriedStates | None = None,
-) -> Path:
-    """Collective. Raises UserError on all ranks if the first rank cannot write; earlier checkpoints stay."""
-    folder = checkpoint_folder(plan.run_directory)
-    path = folder / f"step-{progress.step:08d}"
-    temporary = path.with_name(path.name + ".tmp")
-    agree(lambda: _begin(folder, temporary, plan.checkpoint_bytes), mesh, first_only=True)
-    hashes = {}
-    for kind, name in FILES.items():
-        values = engine.parameters() if kind == "parameters" else engine.moments(kind)
-        tensors = collect(values, mesh)  # every rank takes part in gathering; the first keeps
-        hashes[name] = agree(partial(_write, temporary / name, tensors), mesh, first_only=True)
-    if carried is not None:
-        hashes |= dict(pair for pair in gather(agree(lambda: _write_carried(carried, temporary), mesh)) if pair)
-    state = {
-        "step": progress.step, "optimizer_step": engine.optimizer_step(),
-        "tokens": progress.sequences * plan.config.training.sequence_length,
-        "shape": plan.shape.to_dict(), "config": plan.config.model_dump(mode="json"),
-        "data": record(progress.cursor, data.weights, data.fingerprints), "files": hashes,
-    }  # fmt: skip
-    agree(lambda: _finish(temporary, path, state, plan.config.checkpoint.keep), mesh, first_only=True)
-    return path
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        return tuple(self.manifest["tensors"][name]["shape"])
 
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """The whole parameter, or its moment, fp32 on the CPU. kind: "parameters", "exp_avg", "exp_avg_sq"."""
+        split, shape = self._index[name][0][1].split, list(self.shape_of(name))
+        if split is None:
+            return self.read(kind, Piece(name, 0, None, 0, math.prod(shape))).view(shape)
+        shape[split.dim] //= split.parts
+        shares = [Piece(name, part, split, 0, math.prod(shape)) for part in range(split.parts)]
+        return split.join([self.read(kind, share).view(shape) for share in shares])
 
-def _write_carried(carried: CarriedStates, folder: Path) -> tuple[str, str] | None:
-    name = carried.save(folder)
-    return None if name is None else (name, _flushed(folder / name))
+    def read(self, kind: str, piece: Piece) -> Tensor:
+        """The elements of a piece [count], cut as it says, however those who wrote had cut it."""
+        if piece.split != self._index[piece.name][0][1].split:
+            whole = self.tensor(kind, piece.name)
+            share = whole if piece.split is None else piece.split.share(whole, piece.part)
+            return share.reshape(-1)[piece.start : piece.end]
+        out = torch.empty(piece.count)
+        for file, stored in self._index[piece.name]:
+            first, end = max(stored.start, piece.start), min(stored.end, piece.end)
+            if stored.part == piece.part and first < end:
+                values = self._slice(file, kind, stored)
+                out[first - piece.start : end - piece.start] = values[first - stored.start : end - stored.start]
+        return out
 
-
-def collect(values: Iterable[tuple[str, Tensor]], mesh: Mesh) -> dict[str, Tensor]:
-    tensors = {}
-    for name, value in values:
-        if mesh.is_first:
-            tensors[name] = value.detach().float().cpu().contiguous().clone()
-    return tensors
-
-
-def check_disk(folder: Path, size: int) -> None:
-    """UserError if a checkpoint of `size` bytes does not fit on the disk of `folder` (which need not exist yet)."""
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    if free < 1.1 * size:
-        raise UserError(
-            f"a checkpoint needs {size / 2**20:,.0f} MiB and the disk of {place} has {free / 2**20:,.0f} MiB free; "
-            "free some space, lower checkpoint.keep, or choose another run.folder"
-        )
-
-
-def _begin(folder: Path, temporary: Path, size: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    check_disk(folder, size)
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir()
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> str:
-    try:
-        save_file(tensors, str(path))
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(path.parent, ignore_errors=True)
-        raise UserError(f"{path} could not be written ({error}); the earlier checkpoints are untouched") from error
-    return _flushed(path)
-
-
-def _flushed(path: Path) -> str:
-    """Its sha256, once it is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return _sha256(path)
-
-
-def _finish(temporary: Path, path: Path, state: dict[str, Any], keep: int) -> None:
-    _write_text(temporary / "state.json", json.dumps(state, indent=1))
-    if path.exists():
-        shutil.rmtree(path)
-    temporary.rename(path)
-    _write_text(path.parent / "latest.tmp", path.name)
-    (path.parent / "latest.tmp").rename(path.parent / "latest")
-    for old in sorted(path.parent.glob("step-????????"))[:-keep]:
-        shutil.rmtree(old)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint whose files are all there with the right hashes. UserError names what is not."""
-    try:
-        state = json.loads((path / "state.json").read_text())
-        for name in {*FILES.values(), *state["files"]}:
-            if _sha256(path / name) != state["files"][name]:
-                raise UserError(f"{path / name} is damaged: its sha256 is not the one in state.json")
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not a complete checkpoint: {error}") from error
-    return dict(state)
-
-
-def find_latest(run_directory: Path) -> Path | None:
-    """The newest complete and undamaged checkpoint. Others are left where they are, and passed over with a line."""
-    for path in sorted(checkpoint_folder(run_directory).glob("step-????????"), reverse=True):
+    def _slice(self, file: str, kind: str, stored: Piece) -> Any:
+        """A safetensors slice: only what is taken of it is read."""
         try:
-            read_state(path)
-            return path
-        except UserError as error:
-            print(f"passed over: {error}", file=sys.stderr)
-    return None
+            if file not in self._files:  # pread: a mapped file that is cut meanwhile would end the process
+                self._files[file] = safe_open(str(self.path / file), framework="pt", backend="pread")
+            found = self._files[file].get_slice(f"{kind}/{stored.name}")
+        except (SafetensorError, OSError) as error:
+            raise DamagedCheckpoint(f"{self.path / file} cannot be read: {error}") from error
+        if found.get_dtype() != "F32" or found.get_shape() != [stored.count]:
+            raise DamagedCheckpoint(
+                f"{self.path / file} has {kind}/{stored.name} as {found.get_dtype()} {found.get_shape()}, "
+                f"the manifest says F32 [{stored.count}]"
+            )
+        return found
+
+    def _check(self) -> dict[str, list[tuple[str, Piece]]]:
+        """The pieces by parameter, which must cover each exactly; and every number within what the files can hold."""
+        manifest, index = self.manifest, defaultdict(list)
+        for file, pieces in manifest["pieces"].items():
+            for name, part, parts, start, count in pieces:
+                how = manifest["tensors"][name]
+                split = Split(how["dim"], parts, tuple(how["sections"])) if parts > 1 else None
+                index[name].append((file, Piece(name, part, split, start, count)))
+        for name in [*self.files, *manifest["pieces"]]:
+            if not _FILE_NAME.fullmatch(name) or name not in self.files:
+                raise ValueError(f"{name!r} is no file of a checkpoint")
+        if set(index) != set(manifest["tensors"]):
+            raise ValueError(f"pieces and tensors differ: {sorted(set(index) ^ set(manifest['tensors']))[:4]}")
+        room = sum(int(entry["bytes"]) for entry in self.files.values())
+        for name, how in manifest["tensors"].items():
+            split = index[name][0][1].split
+            elements, parts = math.prod(how["shape"]), split.parts if split else 1
+            if min([*how["shape"], 1]) < 0 or elements * 4 * len(KINDS) > room or elements % parts:
+                raise ValueError(f"{name} has the shape {how['shape']} in {parts} parts, the files {room:,} bytes")
+            if split is not None:
+                _check_split(name, split, how["shape"])
+            index[name].sort(key=lambda found: (found[1].part, found[1].start))
+            if list(_gaps([piece for _, piece in index[name]], parts, elements // parts)):
+                raise ValueError(f"the pieces of {name} do not cover it exactly")
+        return dict(index)
+
+
+def _check_split(name: str, split: Split, shape: list[int]) -> None:
+    length = shape[split.dim]
+    sections = split.sections or (length,)
+    if sum(sections) != length or any(section % split.parts for section in sections):
+        raise ValueError(f"{name}: {split} does not cut {shape}")
+
+
+def _gaps(pieces: list[Piece], parts: int, size: int) -> Iterator[tuple[int, int]]:
+    """(part, place) where sorted pieces leave a gap or overlap."""
+    part, place = 0, 0
+    for piece in pieces:
+        if piece.part != part:
+            if place != size:
+                yield part, place
+            part, place = part + 1, 0
+        if (piece.part, piece.parts, piece.start) != (part, parts, place) or piece.count < 1:
+            yield piece.part, piece.start
+        place = piece.end
+    if (part, place) != (parts - 1, size):
+        yield part, place
 
 
 def load_model(path: Path) -> tuple[LanguageModel, dict[str, Any]]:
-    """The model of a checkpoint, on the CPU in fp32 and in eval mode, and its state.json."""
-    state = read_state(path)
-    model = LanguageModel(ModelShape.from_dict(state["shape"]))
-    model.load_state_dict(load_file(str(path / FILES["parameters"])))
-    return model.eval(), state
-
-
-def resume(
-    engine: Engine,
-    plan: Plan,
-    data: TokenDataset | RecallDataset,
-    mesh: Mesh,
-    carried: CarriedStates | None = None,
-) -> Progress:
-    """Restores the newest checkpoint of the run on any layout; the start if there is none. Collective."""
-    path = agree(lambda: find_latest(plan.run_directory), mesh, first_only=True)
-    if path is None:
-        return Progress.start(plan)
-    state = json.loads((path / "state.json").read_text())
-    agree(lambda: _check(path, state, plan, data), mesh)
-    values = {kind: load_file(str(path / name)) for kind, name in FILES.items()}
-    engine.load(values, int(state["optimizer_step"]))
-    if carried is not None:
-        carried.load(path, [name for name in state["files"] if name.startswith("carried-")])
-    step = int(state["step"])
-    return Progress(step, read_cursor(state["data"]).going_on(step, plan.config.training.global_batch_size))
-
-
-def _check(path: Path, state: dict[str, Any], plan: Plan, data: TokenDataset | RecallDataset) -> None:
-    if ModelShape.from_dict(state["shape"]) != plan.shape:
-        theirs, ours = state["shape"], plan.shape.to_dict()
-        differing = [f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]
-        raise UserError(f"{path} is of another model ({'; '.join(differing)}); choose another run.name")
-    if not isinstance(state["data"], dict):
-        raise UserError(f"{path} is of an earlier version, which kept no cursor of its data; choose another run.name")
-    check_goes_on(state["data"], data.weights, data.fingerprints, int(state["step"]), str(path))
-
-
-def set_seed(seed: int) -> None:
-    """The one seed, the same on every rank: initial weights do not depend on the layout."""
-    torch.manual_seed(seed)
+    """The model of a checkpoint, on the CPU in fp32 and in eval mode, and its manifest."""
+    checkpoint = Checkpoint.open(path)
+    model = LanguageModel(ModelShape.from_dict(checkpoint.manifest["shape"]))
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if wanted != {name: checkpoint.shape_of(name) for name in checkpoint.names()}:
+        raise DamagedCheckpoint(f"{path} does not hold the parameters of its own model")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(checkpoint.tensor("parameters", name))
+    return model.eval(), checkpoint.manifest

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from titans_train.data import RecallDataset, TokenDataset, loader, open_dataset
+from titans_train.data import Batch, RecallDataset, TokenDataset, loader, open_dataset
 from titans_train.errors import UserError
 from titans_train.models import LanguageModel, recording
-from titans_train.monitoring.console import Console
-from titans_train.monitoring.metrics import Metrics, read_metrics
+from titans_train.monitoring import signals
+from titans_train.monitoring.metrics import read_metrics
 from titans_train.monitoring.plot import plot_loss
-from titans_train.monitoring.throughput import measured_peak_flops, peak_memory_bytes
-from titans_train.parallel import Engine, Mesh, agree, gather, make_parts, mean_over_ranks, process_group
+from titans_train.monitoring.throughput import peak_memory_bytes
+from titans_train.monitoring.watchdog import PATIENCE, Heartbeat, Watchdog
+from titans_train.parallel import Engine, Mesh, agree, make_parts, process_group
 from titans_train.parallel.engine import zero_config
+from titans_train.parallel.replicas import differences
 from titans_train.parallel.shards import ShardSettings
+from titans_train.parallel.waits import Blocked, timed_waits
 from titans_train.plan import Plan
-from titans_train.training import checkpoint, run_folder
+from titans_train.training import run_folder
 from titans_train.training.carried import CarriedStates
-from titans_train.training.checkpoint import Progress
+from titans_train.training.checkpoint_folder import check_disk
+from titans_train.training.checkpoint_saver import Saver
+from titans_train.training.decisions import asked_to_stop, decide
+from titans_train.training.nonfinite import NonFinite
 from titans_train.training.optimizer import learning_rate, make_optimizer
+from titans_train.training.progress import Progress
+from titans_train.training.reports import Reports
+from titans_train.training.resume import resume
 from titans_train.training.step import StepResult, train_step
 from titans_train.training.validation import validate
 
@@ -35,7 +48,7 @@ Dataset = TokenDataset | RecallDataset
 def build_engine(plan: Plan, mesh: Mesh) -> Engine:
     """Model and optimiser from the plan: the same initial weights on every layout."""
     config = plan.config
-    checkpoint.set_seed(config.run.seed)
+    torch.manual_seed(config.run.seed)  # on every rank: the initial weights do not depend on the layout
     model = LanguageModel(plan.shape, make_parts(mesh, config.parallel.sequence_parallel, shard_settings(plan)))
     model.activation_checkpointing = config.training.activation_checkpointing
     settings = zero_config(
@@ -60,56 +73,48 @@ def shard_settings(plan: Plan) -> ShardSettings | None:
 
 
 def train(plan: Plan, stop_after: int | None = None) -> dict[str, Any]:
-    """Trains to training.steps, or for `stop_after` more steps; resumes by itself. Returns the summary's figures."""
+    """Trains to training.steps, or for `stop_after` more steps; resumes by itself. Returns the summary's figures.
+
+    UserError, on all ranks alike, before anything is written. Requeue, on all ranks alike, after a signal to any of
+    them (monitoring/signals.py).
+    """
     parallel = plan.config.parallel
     timeout = timedelta(seconds=parallel.timeout_seconds)
-    with process_group(parallel.tensor, parallel.sequence, timeout) as mesh:
+    world_timeout = timedelta(seconds=plan.config.monitoring.hang_seconds * (PATIENCE + 1))  # the watchdog is first
+    with process_group(parallel.tensor, parallel.sequence, timeout, world_timeout) as mesh:
         return train_on(mesh, plan, stop_after)
 
 
 def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str, Any]:
-    """`train` within a group that is there already. UserError, on all ranks alike, before anything is written."""
+    """`train` within a group that is there already."""
+    if number := asked_to_stop():
+        raise signals.Requeue(number, 0)
     agree(lambda: run_folder.check(plan), mesh, first_only=True)
-    agree(lambda: checkpoint.check_disk(plan.run_directory, plan.checkpoint_bytes), mesh, first_only=True)
+    agree(lambda: check_disk(plan.run_directory, plan.checkpoint_bytes), mesh, first_only=True)
     with ExitStack() as held:
         agree(lambda: run_folder.own(plan, held), mesh, first_only=True)
+        blocked, watchdog = held.enter_context(timed_waits()), held.enter_context(_watchdog(plan, mesh))
+        watchdog.beat("opening the data", 0, PATIENCE)
         alignment = plan.shape.document_alignment
         data = agree(lambda: open_dataset(plan.config, "train", alignment), mesh)
         held_out = agree(lambda: open_dataset(plan.config, "validation", alignment), mesh)
+        watchdog.beat("building the engine", 0, PATIENCE)
         engine = build_engine(plan, mesh)
+        watchdog.beat("reading a checkpoint", 0, PATIENCE)
         carried = CarriedStates(plan, mesh) if plan.config.training.carry_state else None
-        progress = checkpoint.resume(engine, plan, data, mesh, carried)
+        progress = resume(engine, plan, data, mesh, carried)
         agree(lambda: run_folder.write(plan), mesh, first_only=True)
-        run = Run(plan, mesh, engine, data.at(progress.cursor), held_out, progress, carried)
-        if run.metrics is not None:
-            held.callback(run.metrics.close)
+        watchdog.heartbeat = Heartbeat(plan.run_directory / "heartbeat.json") if mesh.is_first else None
+        run = Run(plan, mesh, engine, data.at(progress.cursor), held_out, progress, watchdog, blocked, carried)
+        held.callback(run.reports.close)
         return run.go(stop_after)
 
 
-def layer_figures(records: dict[int, dict[str, torch.Tensor]], mesh: Mesh) -> dict[str, dict[str, float]]:
-    """Means over all ranks (their heads and tokens; each has as many) of what the memory layers recorded.
-
-    Norms are of the states that sequences end with, which are the last shards'. Collective.
-    """
-    names = [(n, key) for n, values in records.items() for key in values]
-    if not names:
-        return {}
-    ends = mesh.sequence if mesh.sequence_rank == mesh.sequence - 1 else 0
-    mine = torch.stack([records[n][key].double() * (ends if "norm" in key else 1) for n, key in names])
-    means = mean_over_ranks(mine).tolist()
-    figures: dict[str, dict[str, float]] = {}
-    for (n, key), mean in zip(names, means, strict=True):
-        figures.setdefault(f"layer_{n}", {})[key] = mean
-    return figures
-
-
-@dataclass
-class Window:
-    """Time and tokens since the last logged step."""
-
-    started: float
-    tokens: int = 0
-    waited: float = 0.0  # for data
+def _watchdog(plan: Plan, mesh: Mesh) -> Watchdog:
+    """Stacks of each start of the job go to a folder of their own."""
+    run, seconds = plan.run_directory, plan.config.monitoring.hang_seconds
+    start = agree(lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ"), mesh, first_only=True)
+    return Watchdog(seconds, run / "stacks" / start, mesh.rank)
 
 
 class Run:
@@ -123,18 +128,19 @@ class Run:
         data: Dataset,
         held_out: Dataset,
         progress: Progress,
+        watchdog: Watchdog,
+        blocked: Blocked,
         carried: CarriedStates | None = None,
     ) -> None:
         self.plan, self.mesh, self.engine, self.data, self.held_out = plan, mesh, engine, data, held_out
-        self.progress, self.carried = progress, carried
+        self.progress, self.watchdog, self.blocked, self.carried = progress, watchdog, blocked, carried
         self.config = plan.config
-        watch = self.config.monitoring
-        self.metrics = Metrics(plan.run_directory, progress.step, watch.tensorboard) if mesh.is_first else None
-        self.console = Console(mesh.is_first, progress.step, self.config.training.steps)
-        self.peak_flops = watch.peak_flops or measured_peak_flops()
-        self.window = Window(time.perf_counter())
-        self.first_step, self.saved_step = progress.step, progress.step
-        self.trained_seconds, self.trained_tokens = 0.0, 0
+        self.reports = Reports(plan, mesh, progress.step)
+        self.nonfinite = NonFinite(plan.run_directory, self.config.training.skip_nonfinite, mesh)
+        self.saver = Saver(engine, plan, data, mesh, carried, self.reports.say, progress.step)
+        self.first_step = progress.step
+        self.begun_step = progress.step  # of the last save, successful or not
+        self.validated: tuple[int, float] | None = None  # (step, loss)
 
     @property
     def tokens(self) -> int:
@@ -144,25 +150,52 @@ class Run:
     def go(self, stop_after: int | None) -> dict[str, Any]:
         steps = self.config.training.steps
         stop = steps if stop_after is None else min(steps, self.progress.step + stop_after)
-        self.console.say(self._greeting())
+        self.reports.say(self._greeting())
         for line in self.data.describe(self.progress.cursor.sequences(steps)):
-            self.console.say(f"data {line}")
+            self.reports.say(f"data {line}")
         mesh, progress = self.mesh, self.progress
         batches = loader(self.data, self.plan, mesh.data_rank, progress.step, progress.cursor, mesh.sequence_rank)
+        self._beat("reading the first batch", PATIENCE)
         if progress.step < stop:
             first = agree(lambda: next(batches), mesh)  # what cannot be read at all ends the start on every rank alike
             batches = itertools.chain([first], batches)
-            self.window = Window(time.perf_counter())
-        while self.progress.step < stop:
-            started = time.perf_counter()
-            step_batches = next(batches)
-            self.window.waited += time.perf_counter() - started
-            self._one_step(step_batches)
-        if self.saved_step < self.progress.step:
+            self._beat("the first step", PATIENCE)
+            self.reports.new_window()
+        stopping = asked_to_stop()
+        while self.progress.step < stop and not stopping:
+            self._one_step(self._next(batches))
+            decision = decide({"stop": signals.received(), **self.saver.wishes()})
+            self.saver.follow(decision)
+            stopping = int(decision["stop"])
+        if self.begun_step < self.progress.step:
             self._save()
+        self._beat("saving", PATIENCE)
+        self.saver.finish()
+        if stopping:
+            self._leave(stopping)
         if stop < steps:
             return {}
         return self._finish()
+
+    def _beat(self, phase: str = "training", patience: int = 1) -> None:
+        self.watchdog.beat(phase, self.progress.step, patience)
+
+    def _next(self, batches: Iterator[list[Batch]]) -> list[Batch]:
+        started = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - started
+        self.reports.window.waited += waited
+        self.reports.window.own += waited
+        return batch
+
+    def _leave(self, number: int) -> None:
+        step = self.progress.step
+        self.reports.say(
+            f"{signal.Signals(number).name}: stopped after step {step}, which is saved; exit status {signals.REQUEUE}: "
+            "the same command goes on from there"
+        )
+        self._beat("stopped by a signal")
+        raise signals.Requeue(number, step)
 
     def _greeting(self) -> str:
         plan, steps = self.plan, self.config.training.steps
@@ -173,70 +206,69 @@ class Run:
             f"{self.config.run.dtype}; in {plan.run_directory}"
         )
 
-    def _one_step(self, batches: list[Any]) -> None:
+    def _one_step(self, batches: list[Batch]) -> None:
         step = self.progress.step + 1
-        watch = self.config.monitoring
-        logs = step % watch.log_every == 0 or step in (1, self.config.training.steps)
+        watch, steps = self.config.monitoring, self.config.training.steps
+        logs = step % watch.log_every == 0 or step in (1, steps)
         rate = learning_rate(step - 1, self.config)
-        watching: AbstractContextManager[dict[int, dict[str, torch.Tensor]]] = nullcontext({})
+        watching: AbstractContextManager[dict[int, dict[str, Tensor]]] = nullcontext({})
         if logs:
             watching = recording(self.engine.model)
         with watching as records:
-            result = train_step(self.engine, batches, rate, carried=self.carried)
-        self.progress = Progress(step, self.progress.cursor)
-        self.window.tokens += self.plan.tokens_per_step
+            result = self._train(batches, rate)
+        self.progress = replace(self.progress, step=step)
+        self._beat()
+        if not result.applied:
+            self._pass_over(batches, result, rate)
         if logs:
-            self._log(result, rate, records)
-        if watch.validate_every and step % watch.validate_every == 0 and step < self.config.training.steps:
+            beside: dict[str, Any] = {"tokens": self.tokens, "skipped_steps": len(self.progress.skipped)}
+            beside |= self.data.figures(self.progress.sequences)
+            self.reports.log(step, result.loss(), self.engine.gradient_norm(), rate, beside, records)
+        if watch.validate_every and step % watch.validate_every == 0 and step < steps:
             self._validate()
         if watch.sample_every and step % watch.sample_every == 0:
             self._sample()
+        if watch.compare_every and step % watch.compare_every == 0:
+            self._compare()
         if step % self.config.checkpoint.every == 0:
             self._save()
 
-    def _log(self, result: StepResult, rate: float, records: dict[int, dict[str, torch.Tensor]]) -> None:
-        """The only place of a step that waits for the device."""
-        loss, norm = result.loss(), self.engine.gradient_norm()
-        seconds = time.perf_counter() - self.window.started
-        speed = self.window.tokens / seconds
-        self.trained_seconds, self.trained_tokens = (
-            self.trained_seconds + seconds,
-            self.trained_tokens + self.window.tokens,
-        )
-        figures: dict[str, Any] = {
-            "loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": self.tokens,
-            "tokens_per_second": speed,
-            "mfu": speed * self.plan.flops_per_token / (self.peak_flops * self.plan.world_size),
-            "peak_memory_bytes": peak_memory_bytes(), "data_wait": max(gather(self.window.waited)) / seconds,
-        }  # fmt: skip
-        figures |= self.data.figures(self.progress.sequences)
-        figures |= layer_figures(records, self.mesh)
-        if self.metrics is not None:
-            self.metrics.write(self.progress.step, figures)
-        self.console.progress(self.progress.step, loss, norm, rate, speed)
-        if loss != loss:
-            raise UserError(
-                f"the loss is NaN at step {self.progress.step}; lower optimizer.learning_rate or memory.theta_max. "
-                f"The last checkpoint, of step {self.saved_step}, is untouched", agreed=True,
-            )  # fmt: skip
-        self.window = Window(time.perf_counter())
+    def _train(self, batches: list[Batch], rate: float) -> StepResult:
+        window, blocked, started = self.reports.window, self.blocked.seconds, time.perf_counter()
+        result = train_step(self.engine, batches, rate, carried=self.carried)
+        window.own += time.perf_counter() - started - (self.blocked.seconds - blocked)
+        window.tokens += self.plan.tokens_per_step
+        window.steps += 1
+        return result
+
+    def _pass_over(self, batches: list[Batch], result: StepResult, rate: float) -> None:
+        step = self.progress.step
+        self.progress = replace(self.progress, skipped=(*self.progress.skipped, step))
+        line = self.nonfinite.passed_over(self.progress, self.engine, batches, result, rate, self.carried)
+        self.reports.say(line)
+        self.reports.write(step, {"skipped_steps": len(self.progress.skipped)})
+        self._beat()
 
     def _validate(self) -> dict[str, float]:
         training, watch = self.config.training, self.config.monitoring
-        figures = validate(self.engine, self.held_out, watch.validation_sequences, training.micro_batch_size, self.mesh)
-        if self.metrics is not None:
-            self.metrics.write(self.progress.step, {"tokens": self.tokens, **figures})
+        figures = validate(
+            self.engine, self.held_out, watch.validation_sequences, training.micro_batch_size, self.mesh,
+            partial(self._beat, "validation"),
+        )  # fmt: skip
+        self.reports.write(self.progress.step, {"tokens": self.tokens, **figures})
+        self.validated = (self.progress.step, figures["validation_loss"])
         per_byte = figures.get("validation_bits_per_byte")
         rest = "" if per_byte is None else f", {per_byte:.4f} bits per byte"
-        self.console.say(f"step {self.progress.step}: validation loss {figures['validation_loss']:.4f}{rest}")
-        self.window = Window(time.perf_counter())
+        self.reports.say(f"step {self.progress.step}: validation loss {figures['validation_loss']:.4f}{rest}")
+        self._back_to_training()
         return figures
 
     def _sample(self) -> None:
         """Text from a copy of the current model on the first rank: no rank waits in a sharded forward of one."""
         if self.config.data.source != "shards":
             return
-        values = checkpoint.collect(self.engine.parameters(), self.mesh)
+        self._beat("sampling text")
+        values = self.engine.collected()
         if self.mesh.is_first:
             from titans_train.data.dataset import tokenizer_of_data
             from titans_train.inference import sample_text
@@ -245,22 +277,40 @@ class Run:
             copy.load_state_dict(values)
             watch = self.config.monitoring
             text = sample_text(copy, tokenizer_of_data(self.config), watch.sample_prompt, watch.sample_tokens)
-            self.console.say(f"step {self.progress.step}, sample:\n{text}")
-            if self.metrics is not None:
-                self.metrics.text(self.progress.step, "sample", text)
-        self.window = Window(time.perf_counter())
+            self.reports.sample(self.progress.step, text)
+        self._back_to_training()
+
+    def _compare(self) -> None:
+        """Before a save: what has gone wrong in one copy is not to be kept."""
+        self._beat("comparing replicas")
+        found = differences(self.engine)
+        if found:
+            raise UserError(
+                f"at step {self.progress.step} copies that should be equal differ: {'; '.join(found[:8])}"
+                + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+                + ". Memory or arithmetic of such a device is at fault, or a library: start again without that host. "
+                f"The newest checkpoint, from which the run goes on, is of step {self.saver.saved_step}", agreed=True,
+            )  # fmt: skip
+        self._back_to_training()
 
     def _save(self) -> None:
-        checkpoint.save(self.engine, self.plan, self.progress, self.data, self.mesh, self.carried)
-        self.saved_step = self.progress.step
-        self.window = Window(time.perf_counter())
+        self._beat("saving", PATIENCE)
+        step = self.progress.step
+        loss = self.validated[1] if self.validated is not None and self.validated[0] == step else None
+        self.saver.save(self.progress, loss)
+        self.begun_step = step
+        self._back_to_training()
+
+    def _back_to_training(self) -> None:
+        self._beat()
+        self.reports.new_window()
 
     def _finish(self) -> dict[str, Any]:
         """Final validation, picture and summary."""
         folder = self.plan.run_directory
         lines = read_metrics(folder / "metrics.jsonl")
         if self.first_step == self.progress.step and (folder / "summary.json").exists():
-            self.console.say(f"{self.config.run.name} is finished; nothing to do. Results are in {folder}")
+            self.reports.say(f"{self.config.run.name} is finished; nothing to do. Results are in {folder}")
             return {}
         figures: dict[str, Any] = dict(self._validate())
         last = [line for line in lines if "loss" in line][-1:]
@@ -268,12 +318,14 @@ class Run:
             "steps": self.progress.step,
             "tokens": self.tokens,
             "loss": last[0]["loss"] if last else None,
+            "skipped_steps": len(self.progress.skipped),
         }
-        if self.trained_seconds:
-            figures["tokens_per_second"] = self.trained_tokens / self.trained_seconds
+        if self.reports.trained_seconds:
+            figures["tokens_per_second"] = self.reports.trained_tokens / self.reports.trained_seconds
         figures["peak_memory_bytes"] = peak_memory_bytes()
         if self.mesh.is_first:
             plot_loss(read_metrics(folder / "metrics.jsonl"), folder / "loss.png", self.config.run.name)
             run_folder.write_summary(self.plan, figures)
-        self.console.say(f"finished; results are in {folder}")
+        self.reports.say(f"finished; results are in {folder}")
+        self._beat("finished")
         return figures

@@ -1,6 +1,7 @@
 """The folder of a run: what it must agree with before it is touched, and what is written into it.
 
 config.yaml plan.json plan.txt metrics.jsonl tensorboard/ checkpoints/ loss.png summary.json libraries.log
+heartbeat.json; nonfinite/ and stacks/ (only where there was something to put there)
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ FREE = {
     "parallel", "checkpoint", "monitoring", "run.folder", "run.name", "data.workers", "data.cache",
     "data.cache_limit_gib", "data.timeout_seconds", "data.remote_timeout_seconds", "data.path", "data.sources",
     "data.weights_from", "training.steps", "training.global_batch_size", "training.micro_batch_size",
-    "training.activation_checkpointing",
+    "training.activation_checkpointing", "training.skip_nonfinite",
 }  # fmt: skip
 
 
 LOCK, HALF = ".lock", ".half"
-BESIDE = {"cache", LOCK, f"plan.json{HALF}"}  # there before a run is: reading alone fills the cache
+# There before a run is: reading alone fills the cache, and a start may end early.
+BESIDE = {"cache", LOCK, f"plan.json{HALF}", "stacks", "libraries.log"}
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

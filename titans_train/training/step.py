@@ -25,6 +25,8 @@ from titans_train.training.carried import CarriedStates
 @dataclass(frozen=True)
 class StepResult:
     loss_sum: Tensor  # [2] float64 on the device, over the global batch: sum of token losses, number of valid tokens
+    own_losses: Tensor  # [micro-batches] on the device: this rank's sums of token losses
+    applied: bool = True  # False: loss or gradient was not finite somewhere, and nothing has changed anywhere
 
     def loss(self) -> float:
         """Mean over valid tokens. Waits for the device."""
@@ -60,12 +62,13 @@ def train_step(
     """Forward, backward and update for this rank's micro-batches of one step, each with its shard of the rows.
 
     before_update: called when the whole gradient is there, before clipping (parity checks read it).
-    carried: the states that rows go on from, replaced by those that they end with.
+    carried: the states that rows go on from, replaced by those that they end with, unless the step is not applied.
     """
     parts: Parts = engine.model.parts  # type: ignore[assignment]
     valid = valid_tokens(batches, engine.mesh)
     scale = (engine.loss_scale() / valid.clamp_min(1)).float()
-    total = torch.zeros((), dtype=torch.float64, device=device())
+    sums: list[Tensor] = []
+    before = carried.kept() if carried else []
     length = len(batches) // engine.accumulation
     for first in range(0, len(batches), length):
         losses, states = [], []
@@ -74,16 +77,20 @@ def train_step(
             losses.append(loss)
             states.append(state)
         loss_sum = torch.stack(losses).sum()
-        engine.backward(loss_sum * scale)
+        # A loss that is not finite may have a gradient that is: this makes it show there, where all ranks look.
+        engine.backward(loss_sum * scale * torch.where(torch.isfinite(loss_sum), 1.0, torch.nan))
         parts.finish()
         if first + length == len(batches) and before_update is not None:
             before_update()
         engine.step(learning_rate)
-        total += loss_sum.detach()
+        sums += [loss.detach() for loss in losses]
         for number, state in enumerate(states, first):
             if carried is not None and state is not None:
                 carried.after(number, state)
-    return StepResult(torch.stack([sum_over_data(total, engine.mesh), valid]))
+    if carried is not None and not engine.applied:
+        carried.put_back(before)
+    own = torch.stack(sums)
+    return StepResult(torch.stack([sum_over_data(own.double().sum(), engine.mesh), valid]), own, engine.applied)
 
 
 def forward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -16,12 +17,18 @@ from titans_train.training.step import forward
 
 
 def validate(
-    engine: Engine, dataset: TokenDataset | RecallDataset, sequences: int, micro_batch: int, mesh: Mesh
+    engine: Engine,
+    dataset: TokenDataset | RecallDataset,
+    sequences: int,
+    micro_batch: int,
+    mesh: Mesh,
+    beat: Callable[[], object],
 ) -> dict[str, float]:
     """Over the first `sequences` of the dataset: loss (nats per token), perplexity, and bits per byte of text.
 
     Every rank runs the same number of forwards, since a sharded model needs all ranks in each; a rank with fewer
     sequences repeats one and does not count it. Micro-batches are always full: ranks may share their tokens evenly.
+    `beat` is called before each.
     """
     count = min(sequences, dataset.sequences_total)
     share = -(-count // mesh.data)
@@ -32,6 +39,7 @@ def validate(
     shard = (mesh.sequence_rank * length, (mesh.sequence_rank + 1) * length)
     with torch.no_grad():
         for first in range(0, share, micro_batch):
+            beat()
             within = range(first, first + micro_batch)
             numbers = [mesh.data_rank * share + i if i < share else count for i in within]
             batch = collect(dataset, [min(n, count - 1) for n in numbers], *shard)

@@ -1,0 +1,68 @@
+"""What counts as survived: a trainer that does something wrong after a kill is found out, whatever it is."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.fault_table import trainer
+from titans_train.benchmark.faults.lab import Lab
+from titans_train.benchmark.faults.run import FIRST, Reference, TrialRun
+from titans_train.benchmark.faults.trial import Trial
+
+
+class Stage(Lab):
+    """Runs `trainer.py` in place of the trainer."""
+
+    def command(self, trial: TrialRun, wrapped: Sequence[str]) -> list[str]:
+        return [sys.executable, str(Path(trainer.__file__)), str(trial.folder), trial.settings[-1]]
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    lab = Stage(tmp_path)
+    steps = range(1, trainer.STEPS + 1)
+    figures = {(step, "loss"): 1 / step for step in steps} | {(step, "grad_norm"): 1.0 for step in steps}
+    whole = {"rank-00000.safetensors": hashlib.sha256(b"whole").hexdigest()}
+    lab.once(("reference", FIRST, (), 0), lambda: Reference(tmp_path, figures, {trainer.SAVED: whole}, {}, {}))
+    return lab
+
+
+def judged(stage: Stage, what: str, limit: float = 60, statuses: list[int] | None = None) -> Trial:
+    trial = stage.new_run("trial", FIRST, what)
+    job = stage.start(trial)
+    job.wait_end(limit)
+    return stage.outcome(trial, what, time.monotonic(), statuses=statuses)
+
+
+def test_a_killed_run_that_goes_on_as_if_nothing_had_been_has_survived(stage: Stage) -> None:
+    found = judged(stage, "dies", statuses=[137])
+    assert found.survived and not found.note and found.steps_lost == 1 and found.partial == 0
+
+
+def test_a_loss_that_differs_in_its_last_digits_is_found(stage: Stage) -> None:
+    found = judged(stage, "loss")
+    assert not found.survived and "loss of step 5 is 0.200000000001" in found.note
+
+
+def test_a_checkpoint_that_was_not_whole_is_found_even_where_the_losses_agree(stage: Stage) -> None:
+    found = judged(stage, "partial")
+    assert not found.survived and found.partial == 1 and "were not whole" in found.note
+
+
+def test_another_exit_status_than_promised_and_a_run_that_never_ends_well_are_found(stage: Stage) -> None:
+    assert "ended with 137, not 75" in judged(stage, "dies", statuses=[75]).note
+    found = judged(stage, "refuses")
+    assert not found.survived and "not finished after 4 more starts" in found.note and "error: no" in found.note
+
+
+def test_a_process_that_stays_is_found_though_it_left_its_session_and_is_ended(stage: Stage) -> None:
+    trial = stage.new_run("trial", FIRST, "stays")
+    job = stage.start(trial)
+    assert not job.wait_end(3)
+    assert job.processes() == []

@@ -1,0 +1,4 @@
+"""Clusters that SLURM schedules: `submit` hands a job in (imports no torch), `preflight` looks at its nodes first.
+
+The job files are in slurm/, beside this package.
+"""

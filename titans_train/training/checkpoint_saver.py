@@ -1,0 +1,180 @@
+"""Saving while training goes on: every rank writes its own part, the first publishes the whole.
+
+    save()      every rank copies its pieces to host memory (the only wait), a thread writes them into step-N.tmp
+    follow()    once per step, on what all ranks have agreed on: when all have written, the first rank's thread writes
+                the manifest, renames step-N.tmp to step-N, moves the pointer, and removes old checkpoints
+    finish()    waits for the save under way
+
+A save that fails on any rank is dropped on all, with a line; the checkpoints before it stay as they are.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_prep.durable import flush_folder
+from titans_train.data import RecallDataset, TokenDataset
+from titans_train.data.cursor import record
+from titans_train.errors import UserError
+from titans_train.parallel import Engine, Mesh, agree, gather
+from titans_train.parallel.launch import gather_first
+from titans_train.parallel.split import split_of
+from titans_train.plan import Plan
+from titans_train.training import checkpoint_folder
+from titans_train.training.carried import CarriedStates
+from titans_train.training.checkpoint import FORMAT, write_manifest
+from titans_train.training.checkpoint_writer import Background, Copies, random_state, write_part
+from titans_train.training.progress import Progress
+
+
+class Saver:
+    """What of a run is being saved. Every method but `wishes` is called by all ranks alike."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        plan: Plan,
+        data: TokenDataset | RecallDataset,
+        mesh: Mesh,
+        carried: CarriedStates | None,
+        say: Callable[[str], None],
+        saved_step: int = 0,
+    ) -> None:
+        self.engine, self.plan, self.data, self.mesh, self.carried, self.say = engine, plan, data, mesh, carried, say
+        self.saved_step = saved_step  # of the newest checkpoint that is published
+        self.blocked_seconds = 0.0  # that the last save has kept training waiting for
+        self.seconds = 0.0  # that the last save has taken in all
+        self._copies = Copies(engine)
+        self._work: Background | None = None
+        self._publishing = False
+        self._step, self._started = 0, 0.0
+        self._folder: Path | None = None
+        self._manifest: dict[str, Any] = {}
+
+    # ---- the three calls
+
+    def save(self, progress: Progress, validation_loss: float | None = None) -> None:
+        """Begins to save what the run is now. A save that is still under way is waited for. Collective.
+
+        Where there is no room or the folder cannot be written to, a line says so and training goes on.
+        """
+        self._settle()
+        self._started = time.perf_counter()
+        self._step = progress.step
+        self._folder = None
+        make = partial(checkpoint_folder.begin, self.plan.run_directory, progress.step, self.plan.checkpoint_bytes)
+        try:
+            folder = agree(make, self.mesh, first_only=True)
+        except UserError as error:
+            self.say(f"the checkpoint of step {self._step} was not written: {error}")
+            return
+        pieces = self._copies.take()
+        carried = None if self.carried is None else self.carried.snapshot()
+        self._manifest = self._describe(progress, validation_loss)
+        self._folder, self._publishing = folder, False
+        self._work = Background(
+            partial(write_part, folder, self.mesh.rank, self._copies.tensors, pieces, carried, self.plan.shape)
+        )
+        if not self.plan.config.checkpoint.asynchronous:
+            self._settle()
+        self.blocked_seconds = time.perf_counter() - self._started
+
+    def wishes(self) -> dict[str, float]:
+        """What this rank contributes to the decision of a step."""
+        work = self._work
+        return {"saving": float(work is not None and work.running), "unsaved": float(bool(work and work.error))}
+
+    def follow(self, decision: dict[str, float]) -> None:
+        """Takes the save further, where all ranks can."""
+        if self._folder is not None and not decision["saving"]:
+            self._proceed(bool(decision["unsaved"]))
+
+    def finish(self) -> None:
+        """Waits for the save under way. UserError, on all ranks, if the last one that was begun has failed."""
+        self._settle()
+        if self.saved_step != self._step and self._step:
+            raise UserError(
+                f"the checkpoint of step {self._step} could not be written (see above); the newest one in "
+                f"{checkpoint_folder.checkpoint_folder(self.plan.run_directory)} is of step {self.saved_step}",
+                agreed=True,
+            )
+
+    # ---- what they consist of
+
+    def _settle(self) -> None:
+        while self._folder is not None:
+            if self._work is not None:
+                self._work.wait()
+            self._proceed(any(self._errors()))
+
+    def _proceed(self, failed: bool) -> None:
+        """Every rank's thread has ended."""
+        assert self._folder is not None
+        if failed:
+            self._drop(self._folder)
+        elif not self._publishing:
+            assert self._work is not None
+            parts: list[dict[str, Any]] = gather_first(self._work.result, self.mesh)
+            self._publishing = True
+            self._work = Background(partial(self._publish, self._folder, parts)) if self.mesh.is_first else None
+        else:
+            if self._work is not None and self._work.result:
+                self.say(self._work.result)
+            self.saved_step, self._folder, self._work = self._step, None, None
+            self.seconds = time.perf_counter() - self._started
+
+    def _drop(self, folder: Path) -> None:
+        error = next(e for e in self._errors() if e)
+        before = f"the one of step {self.saved_step} is untouched" if self.saved_step else "there is none before it"
+        self.say(f"the checkpoint of step {self._step} could not be written ({error}); {before}")
+        if self.mesh.is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._folder, self._work = None, None
+
+    def _errors(self) -> list[str | None]:
+        """Of every rank's thread. Collective."""
+        return gather(None if self._work is None else self._work.error)
+
+    def _publish(self, temporary: Path, parts: list[dict[str, Any]]) -> str | None:
+        """What went wrong after the checkpoint was there, if anything did."""
+        for key in ("files", "pieces"):
+            self._manifest[key] = {name: entry for part in parts for name, entry in part[key].items()}
+        write_manifest(temporary, self._manifest)
+        flush_folder(temporary)
+        checkpoint_folder.publish(temporary)
+        try:
+            checkpoint_folder.prune(self.plan.run_directory, self.plan.config.checkpoint)
+        except OSError as error:
+            return f"old checkpoints could not be removed: {error}"
+        return None
+
+    def _describe(self, progress: Progress, validation_loss: float | None) -> dict[str, Any]:
+        """The manifest but for the files."""
+        plan = self.plan
+        return {
+            "format": FORMAT, "step": progress.step, "optimizer_step": self.engine.optimizer_step(),
+            "tokens": progress.sequences * plan.config.training.sequence_length,
+            "validation_loss": validation_loss, "skipped": list(progress.skipped),
+            "shape": plan.shape.to_dict(), "config": plan.config.model_dump(mode="json"),
+            "layout": {"tensor": self.mesh.tensor, "sequence": self.mesh.sequence, "data": self.mesh.data,
+                       "zero_stage": self.engine.stage},
+            "data": record(progress.cursor, self.data.weights, self.data.fingerprints), "random": random_state(),
+            "tensors": self._tensors(),
+        }  # fmt: skip
+
+    def _tensors(self) -> dict[str, Any]:
+        """Whole shapes, and how tensor ranks cut them."""
+        found = {}
+        parameters = self.engine.pieces.parameters
+        for name, share in self.engine.pieces.share_shapes():
+            split, shape = split_of(parameters[name]), list(share)
+            if split is not None:
+                shape[split.dim] *= split.parts
+            dim, sections = (None, ()) if split is None else (split.dim, split.sections)
+            found[name] = {"shape": shape, "dim": dim, "sections": list(sections)}
+        return found

@@ -1,0 +1,112 @@
+"""One rank's part of a checkpoint: copied to host memory, then written, flushed and hashed by a thread."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from titans_train.models.state import ModelState
+from titans_train.parallel import Engine
+from titans_train.parallel.pieces import KINDS, Piece
+from titans_train.shape import ModelShape
+from titans_train.training.checkpoint import sha256_of
+
+
+class Copies:
+    """Host memory for what this rank writes of parameters and moments, taken once and used by every save."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.tensors: dict[str, Tensor] = {}
+
+    def take(self) -> list[Piece]:
+        """Copies the present values. The only part of a save that training waits for."""
+        pieces = self.engine.pieces.written()
+        for piece in pieces:
+            for kind in KINDS:
+                value, key = self.engine.pieces.value(kind, piece), f"{kind}/{piece.name}"
+                if key not in self.tensors:
+                    self.tensors[key] = torch.empty(piece.count, dtype=torch.float32, pin_memory=value.is_cuda)
+                self.tensors[key].copy_(value, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return pieces
+
+
+class Background:
+    """A piece of work in a thread. Its error is kept; nothing is raised in the thread."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.result: Any = None
+        self.error: str | None = None
+        self._work = work
+        self._thread = Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._work()
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            self.error = str(error) or repr(error)
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def wait(self) -> None:
+        self._thread.join()
+
+
+def write_part(
+    folder: Path,
+    rank: int,
+    copies: dict[str, Tensor],
+    pieces: list[Piece],
+    carried: tuple[str, ModelState] | None,
+    shape: ModelShape,
+) -> dict[str, Any]:
+    """Writes a rank's files into `folder`; its entries "files" and "pieces" of the manifest. OSError and the like."""
+    files, listed = {}, {}
+    if pieces:
+        name = f"rank-{rank:05d}.safetensors"
+        save_file(copies, str(folder / name), metadata={"format": "pt"})
+        files[name] = _flushed(folder / name)
+        listed[name] = [[p.name, p.part, p.parts, p.start, p.count] for p in pieces]
+    if carried is not None:
+        name, state = carried
+        state.save(folder / name, shape)
+        files[name] = _flushed(folder / name)
+    return {"files": files, "pieces": listed}
+
+
+def _flushed(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file that is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def random_state() -> dict[str, str]:
+    """Of torch's generators on this rank, base64."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
+
+
+def set_random_state(states: dict[str, str]) -> None:
+    """ValueError or RuntimeError for what is no state of a generator."""
+    for name, text in states.items():
+        state = torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif name == "cuda" and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state)
