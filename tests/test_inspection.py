@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.inference.checkpoints import config, write_checkpoint
 from titans_train.__main__ import main
 from titans_train.inspection import figures
-from titans_train.training.checkpoint import read_manifest, sha256_of, write_manifest
+from titans_train.training.manifest import read_manifest, sha256_of, write_manifest
 
 Capture = pytest.CaptureFixture[str]
 FILE = "rank-00000.safetensors"

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from titans_train.errors import UserError
 from titans_train.inference.exported import Exported, is_export
-from titans_train.training.checkpoint import MANIFEST, Checkpoint, DamagedCheckpoint, check_files
+from titans_train.training.checkpoint import Checkpoint
 from titans_train.training.checkpoint_folder import candidates
+from titans_train.training.manifest import MANIFEST, DamagedCheckpoint, check_files
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _BLOCK = 1 << 22  # elements looked at together

@@ -25,10 +25,13 @@ def read_bounded(path: str | Path, limit: int) -> bytes:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(info.st_mode):
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
-        content = b"" if info.st_size > limit else file.read(limit + 1)
-        if info.st_size > limit or len(content) > limit:
+        blocks, size = [b""], info.st_size
+        while size <= limit and (block := file.read(1 << 20)):  # at once, `limit` bytes of memory would be taken
+            blocks.append(block)
+            size = max(size, file.tell())
+        if size > limit:
             raise OSError(errno.EFBIG, f"is larger than {limit:,} bytes, the most that is read of it", str(path))
-        return content
+        return b"".join(blocks)
 
 
 def parse_json(text: str | bytes) -> Any:

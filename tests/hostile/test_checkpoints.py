@@ -16,7 +16,7 @@ from tests.hostile.tensors import FILES, rewritten
 from tests.inference.checkpoints import config, write_checkpoint
 from titans_train.__main__ import main
 from titans_train.inference import exported
-from titans_train.training.checkpoint import MANIFEST, read_manifest, sha256_of, write_manifest
+from titans_train.training.manifest import MANIFEST, read_manifest, sha256_of, write_manifest
 
 Capture = pytest.CaptureFixture[str]
 Change = Callable[[dict[str, Any]], object]

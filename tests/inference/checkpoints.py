@@ -14,7 +14,7 @@ from data_prep.tokenizer import ByteTokenizer
 from titans_train.config import RunConfig, dump_config
 from titans_train.models import LanguageModel
 from titans_train.plan import resolve_shape
-from titans_train.training.checkpoint import FORMAT, sha256_of, write_manifest
+from titans_train.training.manifest import FORMAT, sha256_of, write_manifest
 
 BYTES = asdict(TokenizerEntry("bytes", ByteTokenizer.sha256, 257, 256, None))
 

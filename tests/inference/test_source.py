@@ -19,7 +19,7 @@ from titans_train.__main__ import main
 from titans_train.errors import UserError
 from titans_train.inference import Sampler, sample_text
 from titans_train.models import LanguageModel
-from titans_train.training.checkpoint import read_manifest, write_manifest
+from titans_train.training.manifest import read_manifest, write_manifest
 
 Capture = pytest.CaptureFixture[str]
 WRITE = ["--prompt", "def ", "--tokens", "30"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from tests.data.corpus import prepare_folder
-from tests.slurm.cluster import SlurmCluster
+from tests.slurm.cluster import ENDED, SlurmCluster
 
 STEPS, EVERY = 16, 4
 LIMIT = 180  # seconds, for what takes twenty on an idle machine
@@ -76,7 +76,7 @@ class Training:
         deadline = time.monotonic() + LIMIT
         while not true():
             assert time.monotonic() < deadline, self.output()
-            assert self.cluster.job(self.number)["JobState"] in ("PENDING", "RUNNING", "COMPLETING"), self.output()
+            assert self.cluster.job(self.number)["JobState"] not in ENDED, self.output()
             time.sleep(0.1)
 
     def end(self) -> dict[str, str]:

@@ -14,10 +14,13 @@ from tests.data.corpus import prepare_folder
 from tests.torchrun import ROOT, torchrun
 from titans_train.config.schema import Checkpoint as Settings
 from titans_train.errors import UserError
+from titans_train.models.stored import build
 from titans_train.parallel.pieces import KINDS, Piece
 from titans_train.parallel.split import Split
-from titans_train.training.checkpoint import Checkpoint, DamagedCheckpoint, load_model, read_manifest
+from titans_train.shape import ModelShape
+from titans_train.training.checkpoint import Checkpoint
 from titans_train.training.checkpoint_folder import candidates, check_disk, clear_leftovers, find_latest, prune
+from titans_train.training.manifest import DamagedCheckpoint, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +131,12 @@ def test_pieces_are_read_however_they_were_cut(run: Path) -> None:
 
 
 def test_the_model_of_a_checkpoint_loads_alone(run: Path) -> None:
-    model, manifest = load_model(candidates(run)[0])
-    assert manifest["step"] == 7 and not model.training
-    assert manifest["layout"] == {"tensor": 1, "sequence": 1, "data": 2, "zero_stage": 1}
+    checkpoint = Checkpoint.open(candidates(run)[0])
+    model = build(ModelShape.from_dict(checkpoint.manifest["shape"]), checkpoint)
+    assert checkpoint.step == 7 and not model.training
+    assert all(torch.equal(p, checkpoint.tensor("parameters", n)) for n, p in model.named_parameters())
+    assert checkpoint.manifest["tokenizer"]["kind"] == "bytes"
+    assert checkpoint.manifest["layout"] == {"tensor": 1, "sequence": 1, "data": 2, "zero_stage": 1}
 
 
 def test_a_disk_that_is_too_small_is_named_with_both_sizes(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from titans_train.data import RecallDataset, TokenDataset
 from titans_train.parallel import Engine, Mesh, agree
 from titans_train.parallel.pieces import KINDS, Piece
 from titans_train.plan import Plan
-from titans_train.training.checkpoint import sha256_of
 from titans_train.training.checkpoint_saver import Saver
+from titans_train.training.manifest import sha256_of
 from titans_train.training.progress import Progress
 from titans_train.training.resume import resume
 

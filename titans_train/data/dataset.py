@@ -42,6 +42,8 @@ class TokenDataset:
         self.sources = dict(sorted(sources.items()))
         self.weights = weights or ()
         self.fingerprints = {name: stream.store.fingerprint for name, stream in self.sources.items()}
+        entry = next(iter(self.sources.values())).store.manifest.tokenizer  # the same for all
+        self.tokenizer = {"kind": entry.kind, "sha256": entry.sha256}
         streams = list(self.sources.values())
         self.length = streams[0].layout.length
         self.mixture: Mixture | Interleaved

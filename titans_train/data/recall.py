@@ -66,6 +66,7 @@ class RecallDataset:
         self.sequences_total = _SEQUENCES_TOTAL[split]
         settings = json.dumps([recall.model_dump(), *self._key], sort_keys=True)
         self.weights: Weights = ((0, {"recall": 1.0}),)
+        self.tokenizer: dict[str, str] | None = None
         self.fingerprints = {"recall": hashlib.sha256(settings.encode()).hexdigest()[:16]}
 
     @classmethod

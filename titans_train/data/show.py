@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,11 +54,13 @@ def _cursor(config: RunConfig, dataset: TokenDataset, step: int) -> Cursor:
     DataError where the config says other data or weights than the run has read.
     """
     size = config.training.global_batch_size
+    from titans_train.training.manifest import read_manifest
+
     folder = Path(config.run.folder) / config.run.name / "checkpoints"
     checkpoints = sorted(folder.glob("step-????????/manifest.json"))
     if not checkpoints:
         return Cursor.constant(size)
-    state = json.loads(checkpoints[-1].read_text("utf-8"))
+    state = read_manifest(checkpoints[-1].parent)
     trained, found = int(state["step"]), state["data"]
     check_goes_on(found, dataset.weights, dataset.fingerprints, trained, str(checkpoints[-1].parent))
     return read_cursor(found).going_on(trained, size) if step > trained else read_cursor(found)

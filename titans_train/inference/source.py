@@ -147,7 +147,7 @@ def open_stored(run: Path, name: str | None = None) -> Checkpoint | Exported:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    from titans_train.training.checkpoint import MANIFEST
+    from titans_train.training.manifest import MANIFEST
 
     return (folder / MANIFEST).is_file()
 

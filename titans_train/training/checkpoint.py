@@ -5,21 +5,20 @@
                                        manifest.json: all else, with the size and sha256 of each file and of itself
     <run>/checkpoints/latest           the newest folder's name, for readers outside
 
-manifest.json: step, optimizer_step (Adam's), tokens, validation_loss (of this step, or null), skipped (steps), shape,
-config, layout, data (data/cursor.py), random (base64), tensors {name: {shape, dim, sections}} (how ranks cut it),
-pieces {file: [[name, part, parts, start, count], ...]}, files {name: {bytes, sha256}}, sha256.
+manifest.json (manifest.py): step, optimizer_step (Adam's), tokens, validation_loss (of this step, or null), skipped
+(steps), shape, config, layout, data (data/cursor.py), tokenizer {kind, sha256}, random (base64), tensors {name: {shape,
+dim, sections}} (how ranks cut it), pieces {file: [[name, part, parts, start, count], ...]}, files {name: {bytes,
+sha256}}, sha256.
 
 Nothing is unpickled. checkpoint_saver.py writes, resume.py goes on from one, checkpoint_folder.py keeps and removes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,69 +26,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data_prep.durable import whole_file
-from titans_train.errors import UserError
-from titans_train.models import LanguageModel
 from titans_train.parallel.pieces import KINDS, Piece
 from titans_train.parallel.split import Split
-from titans_train.shape import ModelShape
+from titans_train.training.manifest import MANIFEST, DamagedCheckpoint, check_files, read_manifest
 
-MANIFEST = "manifest.json"
-LARGEST_MANIFEST = 1 << 30  # bytes
-FORMAT = 2
 _FILE_NAME = re.compile(r"(rank-\d{5,}|carried-\d{8,})\.safetensors")
-_NEEDED = ("step", "optimizer_step", "tokens", "shape", "config", "data", "tensors", "pieces", "files", "sha256")
-
-
-class DamagedCheckpoint(UserError):
-    """Something of a checkpoint is missing, or is not what was written."""
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    with whole_file(folder / MANIFEST) as stream:
-        stream.write(json.dumps({**manifest, "sha256": _digest(manifest)}, sort_keys=True).encode())
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """manifest.json of a checkpoint's folder, if it is as it was written. DamagedCheckpoint says what is wrong."""
-    try:
-        if (path / MANIFEST).stat().st_size > LARGEST_MANIFEST:
-            raise DamagedCheckpoint(f"{path / MANIFEST} has more than {LARGEST_MANIFEST:,} bytes: it is no manifest")
-        manifest = json.loads((path / MANIFEST).read_bytes())
-    except FileNotFoundError as error:
-        raise DamagedCheckpoint(f"{path} is not a complete checkpoint: it has no {MANIFEST}") from error
-    except (ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or not all(key in manifest for key in _NEEDED):
-        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged or of an earlier version: it lacks entries")
-    if manifest["sha256"] != _digest(manifest):
-        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged: its sha256 is not the one that it states")
-    return manifest
-
-
-def check_files(path: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -> None:
-    """DamagedCheckpoint unless these files of a checkpoint have the sizes and hashes that its manifest states."""
-    for name in names:
-        file, expected = path / name, files[name]
-        try:
-            size = file.stat().st_size
-            if size != expected["bytes"]:
-                raise DamagedCheckpoint(f"{file} is damaged: {size:,} bytes, expected {expected['bytes']:,}")
-            found = sha256_of(file)
-        except FileNotFoundError as error:
-            raise DamagedCheckpoint(f"{file} is missing") from error
-        if found != expected["sha256"]:
-            raise DamagedCheckpoint(f"{file} is damaged: sha256 {found[:16]}, expected {str(expected['sha256'])[:16]}")
 
 
 class Checkpoint:
@@ -217,16 +158,3 @@ def _gaps(pieces: list[Piece], parts: int, size: int) -> Iterator[tuple[int, int
         place = piece.end
     if (part, place) != (parts - 1, size):
         yield part, place
-
-
-def load_model(path: Path) -> tuple[LanguageModel, dict[str, Any]]:
-    """The model of a checkpoint, on the CPU in fp32 and in eval mode, and its manifest."""
-    checkpoint = Checkpoint.open(path)
-    model = LanguageModel(ModelShape.from_dict(checkpoint.manifest["shape"]))
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    if wanted != {name: checkpoint.shape_of(name) for name in checkpoint.names()}:
-        raise DamagedCheckpoint(f"{path} does not hold the parameters of its own model")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(checkpoint.tensor("parameters", name))
-    return model.eval(), checkpoint.manifest

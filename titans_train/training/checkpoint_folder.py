@@ -9,7 +9,8 @@ from typing import Any
 from data_prep.durable import whole_file
 from titans_train.config.schema import Checkpoint as Settings
 from titans_train.errors import UserError
-from titans_train.training.checkpoint import Checkpoint, DamagedCheckpoint, read_manifest
+from titans_train.training.checkpoint import Checkpoint
+from titans_train.training.manifest import DamagedCheckpoint, read_manifest
 
 LATEST, TEMPORARY, DAMAGED, REMOVED = "latest", ".tmp", ".damaged", ".removed"
 

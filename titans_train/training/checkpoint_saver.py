@@ -27,8 +27,8 @@ from titans_train.parallel.split import split_of
 from titans_train.plan import Plan
 from titans_train.training import checkpoint_folder
 from titans_train.training.carried import CarriedStates
-from titans_train.training.checkpoint import FORMAT, write_manifest
 from titans_train.training.checkpoint_writer import Background, Copies, random_state, write_part
+from titans_train.training.manifest import FORMAT, write_manifest
 from titans_train.training.progress import Progress
 
 
@@ -164,6 +164,7 @@ class Saver:
             "layout": {"tensor": self.mesh.tensor, "sequence": self.mesh.sequence, "data": self.mesh.data,
                        "zero_stage": self.engine.stage},
             "data": record(progress.cursor, self.data.weights, self.data.fingerprints), "random": random_state(),
+            "tokenizer": self.data.tokenizer,
             "tensors": self._tensors(),
         }  # fmt: skip
 

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from titans_train.errors import UserError
 from titans_train.models.state import ModelState
 from titans_train.parallel import Engine
 from titans_train.parallel.pieces import KINDS, Piece
 from titans_train.shape import ModelShape
-from titans_train.training.checkpoint import sha256_of
+from titans_train.training.manifest import sha256_of
 
 
 class Copies:
@@ -103,10 +104,13 @@ def random_state() -> dict[str, str]:
 
 
 def set_random_state(states: dict[str, str]) -> None:
-    """ValueError or RuntimeError for what is no state of a generator."""
-    for name, text in states.items():
-        state = torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
-        if name == "cpu":
-            torch.set_rng_state(state)
-        elif name == "cuda" and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state)
+    """UserError for what is no state of a generator."""
+    setters = {"cpu": torch.set_rng_state}
+    if torch.cuda.is_available():
+        setters["cuda"] = torch.cuda.set_rng_state
+    for name in setters.keys() & states.keys():
+        try:
+            content = bytearray(base64.b64decode(states[name], validate=True))
+            setters[name](torch.frombuffer(content, dtype=torch.uint8))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"the checkpoint's random state ({name}) is not one: {str(error)[:200]}") from error

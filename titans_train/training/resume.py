@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,11 @@ from titans_train.data.cursor import check_goes_on, read_cursor
 from titans_train.errors import UserError
 from titans_train.parallel import Engine, Mesh, agree, gather
 from titans_train.plan import Plan
-from titans_train.shape import ModelShape
 from titans_train.training.carried import CarriedStates
-from titans_train.training.checkpoint import Checkpoint, DamagedCheckpoint, check_files
+from titans_train.training.checkpoint import Checkpoint
 from titans_train.training.checkpoint_folder import candidates, has_set_aside, set_aside
 from titans_train.training.checkpoint_writer import set_random_state
+from titans_train.training.manifest import DamagedCheckpoint, check_files
 from titans_train.training.progress import Progress
 
 
@@ -36,7 +37,7 @@ def resume(
     engine.restore(found.read, int(manifest["optimizer_step"]))
     if carried is not None:
         carried.load(found.path, found.carried)
-    set_random_state(manifest["random"])
+    agree(lambda: set_random_state(manifest["random"]), mesh)
     cursor = read_cursor(manifest["data"]).going_on(found.step, plan.config.training.global_batch_size)
     return Progress(found.step, cursor, tuple(manifest["skipped"]))
 
@@ -79,8 +80,8 @@ def _set_aside(path: Path, damage: str) -> None:
 def _check(found: Checkpoint, plan: Plan, engine: Engine, data: TokenDataset | RecallDataset) -> None:
     """UserError where this run's model or data are not the checkpoint's."""
     theirs: dict[str, Any] = found.manifest["shape"]
-    if ModelShape.from_dict(theirs) != plan.shape:
-        ours = plan.shape.to_dict()
+    ours = json.loads(json.dumps(plan.shape.to_dict()))
+    if theirs != ours:
         differing = [f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]
         raise UserError(f"{found.path} is of another model ({'; '.join(differing)}); choose another run.name")
     parameters = set(engine.pieces.parameters)

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from titans_train.config import RunConfig, dump_config
 from titans_train.errors import UserError
 from titans_train.plan import Plan
+from titans_train.untrusted import parse_json, read_bounded
 
 # May change when a run goes on: how it is laid out, what it reports, how long it lasts, where its data lie. The batch
 # size and the sources' weights may from the next step on; a checkpoint knows which data it has read (data/cursor.py).
@@ -30,6 +31,7 @@ FREE = {
 
 
 LOCK, HALF = ".lock", ".half"
+LARGEST_RECORD = 1 << 24  # bytes of plan.json
 # There before a run is: reading alone fills the cache, and a start may end early.
 BESIDE = {"cache", LOCK, f"plan.json{HALF}", "stacks", "libraries.log"}
 
@@ -74,7 +76,7 @@ def check(plan: Plan) -> None:
 
 def _recorded(path: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads(path.read_text("utf-8"))["config"]
+        config: dict[str, Any] = parse_json(read_bounded(path, LARGEST_RECORD))["config"]
         return config
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -1,0 +1,126 @@
+"""manifest.json of a checkpoint: what is in it, with the size and sha256 of each file and of itself.
+
+Read as what a stranger may have written: bounded, strict JSON, every entry of the type that it is used as.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_prep.durable import whole_file
+from titans_train.errors import UserError
+from titans_train.untrusted import parse_json, read_bounded
+
+MANIFEST = "manifest.json"
+LARGEST = 1 << 30  # bytes
+FORMAT = 2
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class DamagedCheckpoint(UserError):
+    """Something of a checkpoint is missing, or is not what was written."""
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class _Tensor(_Entry):
+    shape: list[Count]
+    dim: Count | None
+    sections: list[Count]
+
+
+class _File(_Entry):
+    bytes: Count
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class _Data(_Entry):
+    batch_sizes: list[tuple[Count, Annotated[int, Field(ge=1, lt=2**63)]]] = Field(min_length=1)
+    weights: list[tuple[Count, dict[str, float]]]
+    fingerprints: dict[str, str]
+
+
+class _Tokenizer(_Entry):
+    kind: str
+    sha256: str
+
+
+class _Manifest(_Entry):
+    format: Literal[2]
+    step: Count
+    optimizer_step: Count
+    tokens: Count
+    validation_loss: float | None
+    skipped: list[Count]
+    shape: dict[str, Any]
+    config: dict[str, Any]
+    layout: dict[str, Count]
+    data: _Data
+    tokenizer: _Tokenizer | None
+    random: dict[str, str]
+    tensors: dict[str, _Tensor]
+    pieces: dict[str, list[tuple[str, Count, Annotated[int, Field(ge=1, lt=2**31)], Count, Count]]]
+    files: dict[str, _File]
+    sha256: str
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    with whole_file(folder / MANIFEST) as stream:
+        stream.write(json.dumps({**manifest, "sha256": _digest(manifest)}, sort_keys=True).encode())
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """That of a checkpoint's folder, if it is as it was written. DamagedCheckpoint says what is wrong.
+
+    OSError where the disk cannot be read, or what has this name is no file.
+    """
+    try:
+        content = read_bounded(path / MANIFEST, LARGEST)
+        manifest = parse_json(content)
+        _Manifest.model_validate_json(content)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamagedCheckpoint(f"{path} is not a complete checkpoint: it has no {MANIFEST}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part)[:60] for part in first["loc"]) or "its top"
+        wrong = f"{place}: {first['msg']}"
+        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged, or of another version: {wrong}") from None
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged: {str(error)[:200]}") from error
+    if manifest["sha256"] != _digest(manifest):
+        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged: its sha256 is not the one that it states")
+    return manifest  # type: ignore[no-any-return]
+
+
+def check_files(path: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -> None:
+    """DamagedCheckpoint unless these files of a checkpoint have the sizes and hashes that its manifest states."""
+    for name in names:
+        file, expected = path / name, files[name]
+        try:
+            size = file.stat().st_size
+            if size != expected["bytes"]:
+                raise DamagedCheckpoint(f"{file} is damaged: {size:,} bytes, expected {expected['bytes']:,}")
+            found = sha256_of(file)
+        except FileNotFoundError as error:
+            raise DamagedCheckpoint(f"{file} is missing") from error
+        if found != expected["sha256"]:
+            raise DamagedCheckpoint(f"{file} is damaged: sha256 {found[:16]}, expected {expected['sha256'][:16]}")
