@@ -46,7 +46,7 @@ def config_of(folders: dict[str, Path], runs: Path, packing: str) -> RunConfig:
         folders, runs, CHANGE, packing=packing, length=LENGTH, micro=1, steps=STEPS, batch=BATCH, seed=5
     )
     changed = mixed.model_dump(mode="json")
-    changed["checkpoint"] |= {"every": 1}
+    changed["checkpoint"] |= {"every": 1, "asynchronous": False}  # a step that was begun finds the one before saved
     changed["monitoring"] |= {"validation_sequences": 4, "peak_flops": 1e9, "tensorboard": False}
     return RunConfig.model_validate(changed)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from tests.fault_table import trainer
 from titans_train.benchmark.faults.lab import Lab
-from titans_train.benchmark.faults.run import FIRST, Reference, TrialRun
+from titans_train.benchmark.faults.run import FIRST, Reference, TrialRun, digest
 from titans_train.benchmark.faults.trial import Trial
 
 
@@ -28,7 +30,7 @@ def stage(tmp_path: Path) -> Stage:
     lab = Stage(tmp_path)
     steps = range(1, trainer.STEPS + 1)
     figures = {(step, "loss"): 1 / step for step in steps} | {(step, "grad_norm"): 1.0 for step in steps}
-    whole = {"rank-00000.safetensors": hashlib.sha256(b"whole").hexdigest()}
+    whole = {"rank-00000.safetensors": digest(b"whole")}
     lab.once(("reference", FIRST, (), 0), lambda: Reference(tmp_path, figures, {trainer.SAVED: whole}, {}, {}))
     return lab
 
@@ -66,3 +68,14 @@ def test_a_process_that_stays_is_found_though_it_left_its_session_and_is_ended(s
     job = stage.start(trial)
     assert not job.wait_end(3)
     assert job.processes() == []
+
+
+def test_checkpoints_are_compared_by_their_tensors_not_by_their_order() -> None:
+    a, b = torch.arange(6.0), torch.ones(2, 3)
+    content = save({"a": a, "b": b})
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(dict(reversed(json.loads(content[8:start]).items()))).encode()
+    other_order = len(header).to_bytes(8, "little") + header + content[start:]
+    assert other_order != content and digest(other_order) == digest(content)
+    others = [save({"a": a + 1e-6, "b": b}), save({"a": a, "c": b}), save({"a": a, "b": b.view(3, 2)}), content[:-1]]
+    assert len({digest(content), *map(digest, others)}) == 5

@@ -15,7 +15,7 @@ from tests.data.corpus import prepare_folder
 from tests.slurm.cluster import ENDED, SlurmCluster
 
 STEPS, EVERY = 16, 4
-LIMIT = 180  # seconds, for what takes twenty on an idle machine
+LIMIT = 400  # seconds, for what takes twenty on an idle machine
 
 
 def prepare(folder: Path) -> Path:

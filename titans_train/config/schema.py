@@ -108,7 +108,7 @@ class Data(Section):
     packing: Literal["concatenate", "isolate"] = "concatenate"
     shuffle: bool = True
     workers: int = Field(default=1, ge=0, le=64, description="reader processes per rank")
-    timeout_seconds: int = Field(default=600, ge=1, description="a batch that takes longer to read ends the run")
+    timeout_seconds: int = Field(default=480, ge=1, description="a batch that takes longer to read ends the run")
     remote_timeout_seconds: int = Field(default=60, ge=1, description="of a try to fetch a file")
     cache: str | None = Field(default=None, description="folder for decompressed shards; null: <run directory>/cache")
     cache_limit_gib: float | None = Field(default=None, gt=0, description="of a user's files there; null: none")

@@ -92,13 +92,6 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def gather_first(value: T, on: Mesh) -> list[T]:
-    """Every rank's value (a picklable object), in rank order, on the first rank; [] on the others. Collective."""
-    values: list[T] | None = [value] * on.world_size if on.is_first else None
-    dist.gather_object(value, values, group=host_group())
-    return values or []
-
-
 def agree(check: Callable[[], T], on: Mesh, first_only: bool = False) -> T:
     """Runs `check` (on the first rank only, if asked; its result is then everyone's) and raises on all ranks or none.
 

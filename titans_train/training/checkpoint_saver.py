@@ -1,8 +1,9 @@
 """Saving while training goes on: every rank writes its own part, the first publishes the whole.
 
-    save()      every rank copies its pieces to host memory (the only wait), a thread writes them into step-N.tmp
-    follow()    once per step, on what all ranks have agreed on: when all have written, the first rank's thread writes
-                the manifest, renames step-N.tmp to step-N, moves the pointer, and removes old checkpoints
+    save()      every rank copies its pieces to host memory (the only wait); a thread writes them into step-N.tmp. That
+                of the first rank waits for all parts, writes the manifest, renames step-N.tmp to step-N, moves the
+                pointer, and removes old checkpoints: none of it waits for training
+    follow()    once per step: what has become of it, on what all ranks have agreed on
     finish()    waits for the save under way
 
 A save that fails on any rank is dropped on all, with a line; the checkpoints before it stay as they are.
@@ -15,21 +16,25 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from data_prep.durable import flush_folder
 from titans_train.data import RecallDataset, TokenDataset
 from titans_train.data.cursor import record
 from titans_train.errors import UserError
+from titans_train.models.state import ModelState
 from titans_train.parallel import Engine, Mesh, agree, gather
-from titans_train.parallel.launch import gather_first
+from titans_train.parallel.pieces import Piece
 from titans_train.parallel.split import split_of
 from titans_train.plan import Plan
 from titans_train.training import checkpoint_folder
 from titans_train.training.carried import CarriedStates
-from titans_train.training.checkpoint_writer import Background, Copies, random_state, write_part
+from titans_train.training.checkpoint_writer import Background, Copies, random_state, take_parts, write_part
 from titans_train.training.manifest import FORMAT, write_manifest
 from titans_train.training.progress import Progress
+
+LAST_SECONDS = 3.0  # for a thread to end, where the launcher is about to end all ranks
 
 
 class Saver:
@@ -48,13 +53,11 @@ class Saver:
         self.engine, self.plan, self.data, self.mesh, self.carried, self.say = engine, plan, data, mesh, carried, say
         self.saved_step = saved_step  # of the newest checkpoint that is published
         self.blocked_seconds = 0.0  # that the last save has kept training waiting for
-        self.seconds = 0.0  # that the last save has taken in all
+        self.seconds = 0.0  # from its begin to its publication; on the first rank
         self._copies = Copies(engine)
         self._work: Background | None = None
-        self._publishing = False
         self._step, self._started = 0, 0.0
         self._folder: Path | None = None
-        self._manifest: dict[str, Any] = {}
 
     # ---- the three calls
 
@@ -66,7 +69,6 @@ class Saver:
         self._settle()
         self._started = time.perf_counter()
         self._step = progress.step
-        self._folder = None
         make = partial(checkpoint_folder.begin, self.plan.run_directory, progress.step, self.plan.checkpoint_bytes)
         try:
             folder = agree(make, self.mesh, first_only=True)
@@ -75,11 +77,9 @@ class Saver:
             return
         pieces = self._copies.take()
         carried = None if self.carried is None else self.carried.snapshot()
-        self._manifest = self._describe(progress, validation_loss)
-        self._folder, self._publishing = folder, False
-        self._work = Background(
-            partial(write_part, folder, self.mesh.rank, self._copies.tensors, pieces, carried, self.plan.shape)
-        )
+        manifest = self._describe(progress, validation_loss)
+        self._folder = folder
+        self._work = Background(partial(self._write, folder, pieces, carried, manifest))
         if not self.plan.config.checkpoint.asynchronous:
             self._settle()
         self.blocked_seconds = time.perf_counter() - self._started
@@ -90,9 +90,9 @@ class Saver:
         return {"saving": float(work is not None and work.running), "unsaved": float(bool(work and work.error))}
 
     def follow(self, decision: dict[str, float]) -> None:
-        """Takes the save further, where all ranks can."""
-        if self._folder is not None and not decision["saving"]:
-            self._proceed(bool(decision["unsaved"]))
+        """Learns what has become of the save under way."""
+        if self._folder is not None and (decision["unsaved"] or not decision["saving"]):
+            self._settle()
 
     def finish(self) -> None:
         """Waits for the save under way. UserError, on all ranks, if the last one that was begun has failed."""
@@ -104,54 +104,58 @@ class Saver:
                 agreed=True,
             )
 
+    def leave(self, together: bool) -> None:
+        """Training ends with an error: what is being written is published if it can be. together: on all ranks."""
+        if together:
+            self._settle()
+        elif self._work is not None:
+            self._work.wait(LAST_SECONDS)
+
     # ---- what they consist of
 
-    def _settle(self) -> None:
-        while self._folder is not None:
-            if self._work is not None:
-                self._work.wait()
-            self._proceed(any(self._errors()))
-
-    def _proceed(self, failed: bool) -> None:
-        """Every rank's thread has ended."""
-        assert self._folder is not None
-        if failed:
-            self._drop(self._folder)
-        elif not self._publishing:
-            assert self._work is not None
-            parts: list[dict[str, Any]] = gather_first(self._work.result, self.mesh)
-            self._publishing = True
-            self._work = Background(partial(self._publish, self._folder, parts)) if self.mesh.is_first else None
-        else:
-            if self._work is not None and self._work.result:
-                self.say(self._work.result)
-            self.saved_step, self._folder, self._work = self._step, None, None
-            self.seconds = time.perf_counter() - self._started
-
-    def _drop(self, folder: Path) -> None:
-        error = next(e for e in self._errors() if e)
-        before = f"the one of step {self.saved_step} is untouched" if self.saved_step else "there is none before it"
-        self.say(f"the checkpoint of step {self._step} could not be written ({error}); {before}")
-        if self.mesh.is_first:
-            shutil.rmtree(folder, ignore_errors=True)
-        self._folder, self._work = None, None
-
-    def _errors(self) -> list[str | None]:
-        """Of every rank's thread. Collective."""
-        return gather(None if self._work is None else self._work.error)
-
-    def _publish(self, temporary: Path, parts: list[dict[str, Any]]) -> str | None:
-        """What went wrong after the checkpoint was there, if anything did."""
-        for key in ("files", "pieces"):
-            self._manifest[key] = {name: entry for part in parts for name, entry in part[key].items()}
-        write_manifest(temporary, self._manifest)
-        flush_folder(temporary)
-        checkpoint_folder.publish(temporary)
+    def _write(
+        self,
+        folder: Path,
+        pieces: list[Piece],
+        carried: tuple[str, ModelState] | None,
+        manifest: dict[str, Any],
+        stop: Event,
+    ) -> str | None:
+        """In a thread: this rank's part; on the first rank then the whole. A note on what else went wrong."""
+        write_part(folder, self.mesh.rank, self._copies.tensors, pieces, carried, self.plan.shape)
+        if not self.mesh.is_first:
+            return None
+        write_manifest(folder, manifest | take_parts(folder, self.mesh.world_size, stop))
+        flush_folder(folder)
+        checkpoint_folder.publish(folder)
+        self.seconds = time.perf_counter() - self._started
         try:
             checkpoint_folder.prune(self.plan.run_directory, self.plan.config.checkpoint)
         except OSError as error:
             return f"old checkpoints could not be removed: {error}"
         return None
+
+    def _settle(self) -> None:
+        """Waits until every rank's thread has ended, and says what has become of the save. Collective."""
+        if self._folder is None or self._work is None:
+            return
+        folder, work = self._folder, self._work
+        if not self.mesh.is_first:
+            work.wait()
+        if any(gather(work.error)):  # of the others, and perhaps of the first: it would wait for their parts
+            work.stop.set()
+        work.wait()
+        errors = [error for error in gather(work.error) if error]
+        self._folder, self._work = None, None
+        if not errors:
+            self.saved_step = self._step
+            if work.note:
+                self.say(work.note)
+            return
+        before = f"the one of step {self.saved_step} is untouched" if self.saved_step else "there is none before it"
+        self.say(f"the checkpoint of step {self._step} could not be written ({errors[-1]}); {before}")
+        if self.mesh.is_first:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _describe(self, progress: Progress, validation_loss: float | None) -> dict[str, Any]:
         """The manifest but for the files."""

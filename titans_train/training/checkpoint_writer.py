@@ -6,13 +6,14 @@ import base64
 import os
 from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data_prep.durable import read_json, write_json
 from titans_train.errors import UserError
 from titans_train.models.state import ModelState
 from titans_train.parallel import Engine
@@ -43,18 +44,22 @@ class Copies:
 
 
 class Background:
-    """A piece of work in a thread. Its error is kept; nothing is raised in the thread."""
+    """A piece of work in a thread. Its error is kept; nothing is raised in the thread.
 
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self.result: Any = None
+    The work is given an event: once it is set, it should give up what it waits for.
+    """
+
+    def __init__(self, work: Callable[[Event], str | None]) -> None:
+        self.note: str | None = None  # what the work returned
         self.error: str | None = None
+        self.stop = Event()
         self._work = work
         self._thread = Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self.result = self._work()
+            self.note = self._work(self.stop)
         except Exception as error:  # whatever it is, the other ranks must hear of it
             self.error = str(error) or repr(error)
 
@@ -62,8 +67,8 @@ class Background:
     def running(self) -> bool:
         return self._thread.is_alive()
 
-    def wait(self) -> None:
-        self._thread.join()
+    def wait(self, seconds: float | None = None) -> None:
+        self._thread.join(seconds)
 
 
 def write_part(
@@ -73,8 +78,8 @@ def write_part(
     pieces: list[Piece],
     carried: tuple[str, ModelState] | None,
     shape: ModelShape,
-) -> dict[str, Any]:
-    """Writes a rank's files into `folder`; its entries "files" and "pieces" of the manifest. OSError and the like."""
+) -> None:
+    """Writes a rank's files into `folder`, and last their entries of the manifest. OSError and the like."""
     files, listed = {}, {}
     if pieces:
         name = f"rank-{rank:05d}.safetensors"
@@ -85,7 +90,28 @@ def write_part(
         name, state = carried
         state.save(folder / name, shape)
         files[name] = _flushed(folder / name)
-    return {"files": files, "pieces": listed}
+    write_json(_part(folder, rank), {"files": files, "pieces": listed})
+
+
+def _part(folder: Path, rank: int) -> Path:
+    return folder / f"part-{rank:05d}.json"
+
+
+def take_parts(folder: Path, ranks: int, stop: Event) -> dict[str, dict[str, Any]]:
+    """The entries "files" and "pieces" of all ranks, once each has written its own; their files are removed.
+
+    Ranks need not be asked: what they write shows that they are done, whatever training does. UserError once `stop`.
+    """
+    found: dict[str, dict[str, Any]] = {"files": {}, "pieces": {}}
+    for rank in range(ranks):
+        while (part := read_json(_part(folder, rank))) is None:
+            if stop.wait(0.05):
+                raise UserError("another rank could not write its part")
+        for key, entries in found.items():
+            entries.update(part[key])
+    for rank in range(ranks):
+        _part(folder, rank).unlink()
+    return found
 
 
 def _flushed(path: Path) -> dict[str, Any]:

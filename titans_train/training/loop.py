@@ -25,6 +25,7 @@ from titans_train.monitoring.throughput import peak_memory_bytes
 from titans_train.monitoring.watchdog import PATIENCE, Heartbeat, Watchdog
 from titans_train.parallel import Engine, Mesh, agree, make_parts, process_group
 from titans_train.parallel.engine import zero_config
+from titans_train.parallel.launch import together
 from titans_train.parallel.replicas import differences
 from titans_train.parallel.shards import ShardSettings
 from titans_train.parallel.waits import Blocked, timed_waits
@@ -161,6 +162,19 @@ class Run:
             batches = itertools.chain([first], batches)
             self._beat("the first step", PATIENCE)
             self.reports.new_window()
+        try:
+            stopping = self._steps(batches, stop)
+        except Exception as error:
+            self.saver.leave(together(error))
+            raise
+        if stopping:
+            self._leave(stopping)
+        if stop < steps:
+            return {}
+        return self._finish()
+
+    def _steps(self, batches: Iterator[list[Batch]], stop: int) -> int:
+        """Trains up to step `stop` and saves; the number of a signal that ended it earlier, or 0."""
         stopping = asked_to_stop()
         while self.progress.step < stop and not stopping:
             self._one_step(self._next(batches))
@@ -171,11 +185,7 @@ class Run:
             self._save()
         self._beat("saving", PATIENCE)
         self.saver.finish()
-        if stopping:
-            self._leave(stopping)
-        if stop < steps:
-            return {}
-        return self._finish()
+        return stopping
 
     def _beat(self, phase: str = "training", patience: int = 1) -> None:
         self.watchdog.beat(phase, self.progress.step, patience)
@@ -298,6 +308,7 @@ class Run:
         step = self.progress.step
         loss = self.validated[1] if self.validated is not None and self.validated[0] == step else None
         self.saver.save(self.progress, loss)
+        self.reports.write(step, {"checkpoint_blocked_seconds": self.saver.blocked_seconds})
         self.begun_step = step
         self._back_to_training()
 

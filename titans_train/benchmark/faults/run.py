@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,29 @@ def figures(run: Path) -> Figures:
 
 
 def contents(run: Path) -> Contents:
-    """Hash of every tensor file in each finished checkpoint, by step and name."""
+    """What the tensors of every file in each finished checkpoint are, by step and file."""
     found = {}
     for folder in (run / "checkpoints").glob("step-*"):
         number = folder.name.removeprefix("step-")
         if number.isdigit():
             files = sorted(folder.glob("*.safetensors"))
-            found[int(number)] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+            found[int(number)] = {file.name: digest(file.read_bytes()) for file in files}
     return found
+
+
+def digest(content: bytes) -> str:
+    """Of a safetensors file: the same for the same tensors, in whatever order; of any other bytes: their own."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    try:
+        entries = json.loads(content[8:start])
+        rows = []
+        for name in sorted(entries.keys() - {"__metadata__"}):
+            first, end = (start + offset for offset in entries[name]["data_offsets"])
+            values = hashlib.sha256(content[first:end]).hexdigest()
+            rows.append([name, entries[name]["dtype"], entries[name]["shape"], values])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(json.dumps([len(content) - start, rows]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
