@@ -44,10 +44,18 @@ def has_bytes(path: Path, size: int) -> bool:
 
 
 def flush_folder(folder: Path) -> None:
-    """After a power cut a rename may have survived the content; so the content of `folder` goes to the disk first."""
+    """After a power cut a rename may have survived the content; so the content of `folder` goes to the disk first.
+
+    For a folder whose whole content this program wrote; in any other, flush_directory.
+    """
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush_directory(path)
+
+
+def flush_directory(path: Path) -> None:
+    """The names in a directory go to the disk, as after a rename into it; not what they name."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.claim import Claim
-from data_prep.durable import flush_folder
+from data_prep.durable import flush_directory, flush_folder
 from data_prep.errors import PrepareError
 from data_prep.manifest import FILE_NAME, Manifest, ManifestError
 from data_prep.storage import exists, join, list_files, read_bytes, upload
@@ -98,6 +98,7 @@ def publish(place: Place, manifest: Manifest, claim: Claim | None) -> None:
         flush_folder(place.staging)
         place.local.parent.mkdir(parents=True, exist_ok=True)
         os.replace(place.staging, place.local)
+        flush_directory(place.local.parent)
         return
     assert claim is not None
     claim.check()

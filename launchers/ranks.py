@@ -9,12 +9,20 @@ Exit status: 0 if every rank ends with 0; 75 if every rank ends with 0 or 75 ("s
 else that of the first rank that ends otherwise, as a shell states it (128 + number of a signal).
 """
 
+# ruff: noqa: E402  # signals are kept back before the rest is imported
+
 from __future__ import annotations
+
+import signal
+
+RELAYED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+AS_TERM = (signal.SIGINT, signal.SIGHUP)
+# What was blocked before; a signal that comes from here on waits until `Ranks.run` takes it.
+MASK = signal.pthread_sigmask(signal.SIG_BLOCK, (*RELAYED, *AS_TERM) if __name__ == "__main__" else ())
 
 import argparse
 import ctypes
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -28,8 +36,6 @@ from rank_logs import keep_logs
 REQUEUE = 75
 PR_SET_PDEATHSIG = 1
 GRACE = 5.0  # seconds for the others once a rank ended badly: they may be writing where they stood
-RELAYED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-AS_TERM = (signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass
@@ -76,12 +82,12 @@ class Ranks:
         self.all: list[Rank] = []
 
     def start(self) -> None:
-        """Signals are kept back from here on and taken in `run`: none is lost, none comes in between."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, self.heard | {signal.SIGCHLD})
+        """Signals are kept back and taken in `run`: none is lost, none comes in between."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.heard | {signal.SIGCHLD})
         parent, prctl = os.getpid(), getattr(ctypes.CDLL(None), "prctl", None)
 
         def in_child() -> None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, MASK)
             if prctl is not None:
                 prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() != parent:

@@ -2,8 +2,9 @@
 
 Usage: rank.py COMMAND ...    with LOG_DIR, NOTES, RESTART and REQUEUE from lib.sh
 
-"Start me again" becomes status 0 and a note: srun --kill-on-bad-exit would end the ranks that are still saving. The
-first task that ends badly leaves its status, its log and what happened in NOTES-bad.
+The command writes into LOG_DIR/rRESTART-rank-RANK.log; with LOGGED=no, where srun does. NOTES-done-RANK proves that it
+ran to a good end. "Start me again" becomes status 0 and one more note: srun --kill-on-bad-exit would end the ranks that
+are still saving. The first task that ends badly leaves its status, its log and what happened in NOTES-bad.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 # SLURM sends a signal to every process of a step: the command hears it as well, and this one must outlive it.
@@ -29,12 +30,21 @@ def environment() -> dict[str, str]:
     }
 
 
+def log_path() -> Path | None:
+    """None: the command writes where srun does. No pattern of srun's --output, which reads % and \\ in folders."""
+    if os.environ.get("LOGGED") == "no":
+        return None
+    return Path(os.environ["LOG_DIR"], f"r{os.environ['RESTART']}-rank-{os.environ['SLURM_PROCID']}.log")
+
+
 def run(command: list[str]) -> tuple[int, set[int]]:
     """The command's return code, negative for a signal, and the signals that came meanwhile."""
     heard: set[int] = set()
     for each in SIGNALS:
         signal.signal(each, lambda number, _: heard.add(number))
-    return subprocess.Popen(command, env=environment()).wait(), heard
+    path = log_path()
+    with nullcontext() if path is None else path.open("ab") as log:
+        return subprocess.Popen(command, env=environment(), stdout=log, stderr=log).wait(), heard
 
 
 def note_bad(code: int) -> int:
@@ -42,9 +52,9 @@ def note_bad(code: int) -> int:
     status = code if code >= 0 else 128 - code
     rank, notes = os.environ["SLURM_PROCID"], os.environ["NOTES"]
     how = f"ended with status {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
-    log = Path(os.environ["LOG_DIR"], f"r{os.environ['RESTART']}-rank-{rank}.log")
     mine = Path(f"{notes}-bad.{rank}")
-    mine.write_text(f"{status} {log}\nrank {rank} on {os.environ.get('SLURMD_NODENAME', 'this node')} {how}\n")
+    where = os.environ.get("SLURMD_NODENAME", "this node")
+    mine.write_bytes(os.fsencode(f"{status} {log_path() or ''}\nrank {rank} on {where} {how}\n"))
     with suppress(FileExistsError):
         os.link(mine, f"{notes}-bad")  # whole or not at all
     return status
@@ -52,13 +62,14 @@ def note_bad(code: int) -> int:
 
 def main(command: list[str]) -> int:
     code, heard = run(command)
+    notes = os.environ["NOTES"]
     ended_by = -code if code < 0 else code - 128
-    if (
-        code == int(os.environ["REQUEUE"]) or ended_by in heard
-    ):  # ended by a signal before it could mind it: all is kept
-        Path(f"{os.environ['NOTES']}-requeue").touch()
-        return 0
-    return note_bad(code) if code != 0 else 0
+    if code == int(os.environ["REQUEUE"]) or ended_by in heard:  # or before it could mind the signal: all is kept
+        Path(f"{notes}-requeue").touch()
+    elif code != 0:
+        return note_bad(code)
+    Path(f"{notes}-done-{os.environ['SLURM_PROCID']}").touch()
+    return 0
 
 
 if __name__ == "__main__":

@@ -38,6 +38,13 @@ def test_check_and_plan_import_nothing_heavy_and_take_less_than_2_cpu_seconds(ve
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
+def test_nothing_slow_is_imported_before_a_signal_to_train_is_caught() -> None:
+    slow = "{'pydantic', 'yaml', 'titans_train.config', 'titans_train.plan', 'torch'} & set(sys.modules)"
+    seen = f"lambda args: print(signal.getsignal(signal.SIGTERM) != signal.SIG_DFL, {slow} or 'none')"
+    code = f"import signal, sys, titans_train.__main__ as m; m.VERBS['train'] = {seen}; m.main(['train'])"
+    assert run("-c", code).stdout == "True none\n"
+
+
 def test_python_m_refuses_a_config_with_status_2_and_every_problem() -> None:
     result = run("-m", "titans_train", "check", QUICKSTART, "model.heads=5", "model.blok=mag")
     assert result.returncode == 2

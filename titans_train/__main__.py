@@ -1,6 +1,7 @@
 """python -m titans_train <verb> …: one line per verb, then the verb's own package.
 
-`check` and `plan` run on a login node: they import neither torch nor anything that does.
+`check` and `plan` run on a login node: they import neither torch nor anything that does. At module level only what is
+quick to import: a signal to `train` is caught before the rest is.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
-from titans_train.config import ConfigError, load_config
-from titans_train.config.errors import Problem, closest
 from titans_train.errors import UserError
 from titans_train.monitoring import signals
-from titans_train.plan import Plan, make_plan, processes
+
+if TYPE_CHECKING:
+    from titans_train.plan import Plan
 
 USAGE = """usage: python -m titans_train <verb> ...
 
@@ -44,6 +47,9 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 
 
 def _read_plan(verb: str, args: Sequence[str]) -> tuple[argparse.Namespace, Plan]:
+    from titans_train.config import load_config
+    from titans_train.plan import make_plan
+
     parser = _parser(verb)
     parser.add_argument("--world", type=int, default=1, metavar="N", help="number of processes (default: 1)")
     if verb == "plan":
@@ -54,6 +60,8 @@ def _read_plan(verb: str, args: Sequence[str]) -> tuple[argparse.Namespace, Plan
 
 
 def check(args: Sequence[str]) -> None:
+    from titans_train.plan import processes
+
     options, checked = _read_plan("check", args)
     size = f"{checked.shape.block}, {checked.parameter_count:,} parameters"
     print(f"{options.config} is right: {size}, {processes(checked.world_size)}")
@@ -65,6 +73,10 @@ def plan(args: Sequence[str]) -> None:
 
 
 def train(args: Sequence[str]) -> object:
+    from titans_train.config import ConfigError, load_config
+    from titans_train.config.errors import Problem
+    from titans_train.plan import make_plan
+
     parser = _parser("train")
     parser.add_argument("--world", type=int, metavar="N", help="refuse any other number of processes (default: any)")
     options = parser.parse_intermixed_args(list(args))
@@ -73,20 +85,19 @@ def train(args: Sequence[str]) -> object:
         message = f"{options.world} processes were asked for, but {world_size} started (WORLD_SIZE={world_size})"
         remedy = f"start {options.world} (torchrun: --nnodes times --nproc-per-node), or say --world {world_size}"
         raise ConfigError([Problem("--world", message, remedy)], "the start")
-    with signals.caught():
-        run_plan = make_plan(load_config(options.config, options.overrides, world_size), world_size)
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
-        try:
-            from titans_train.training.loop import train as run
+    run_plan = make_plan(load_config(options.config, options.overrides, world_size), world_size)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidia0") else "cpu")
+    try:
+        from titans_train.training.loop import train as run
 
-            return run(run_plan)
-        except signals.Requeue:
-            raise
-        except BaseException as error:
-            if world_size > 1 and not getattr(error, "agreed", False):
-                _end_alone(error)
-            raise
+        return run(run_plan)
+    except signals.Requeue:
+        raise
+    except BaseException as error:
+        if world_size > 1 and not getattr(error, "agreed", False):
+            _end_alone(error)
+        raise
 
 
 def _end_alone(error: BaseException) -> None:
@@ -168,6 +179,8 @@ def _world_size() -> int:
     """Number of processes, as torchrun and its like state it in WORLD_SIZE; without it, 1."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdigit():
+        from titans_train.config.errors import ConfigError, Problem
+
         raise ConfigError([Problem("WORLD_SIZE", f"{text!r} is not a number of processes", "start with torchrun")])
     return int(text)
 
@@ -179,12 +192,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     if verb not in VERBS:
+        from titans_train.config.errors import closest
+
         similar = closest(verb, VERBS)
         hint = f"did you mean {similar}?" if similar else "verbs: " + ", ".join(VERBS)
         print(f"{USAGE}\nthere is no verb {verb!r}; {hint}" if verb else USAGE, file=sys.stderr)
         return 2
     try:
-        result = VERBS[verb](args)
+        with signals.caught() if verb == "train" else nullcontext():
+            result = VERBS[verb](args)
     except signals.Requeue:
         return signals.REQUEUE
     except UserError as error:

@@ -19,7 +19,7 @@ from titans_train.errors import UserError
 from titans_train.inference.exported import Exported, is_export
 from titans_train.training.checkpoint import Checkpoint
 from titans_train.training.checkpoint_folder import candidates
-from titans_train.training.manifest import MANIFEST, DamagedCheckpoint, check_files
+from titans_train.training.manifest import MANIFEST, DamagedCheckpoint, check_hashes, check_sizes, read_manifest
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _BLOCK = 1 << 22  # elements looked at together
@@ -77,11 +77,11 @@ def _open(path: Path) -> Checkpoint | Exported:
     if is_export(path):
         return Exported.open(path, verify=False)
     if (path / MANIFEST).is_file():
-        return Checkpoint.open(path, verify=False)
+        return Checkpoint(path, read_manifest(path))  # damaged files are shown as such
     newest = candidates(path)
     if not newest:
         raise UserError(f"{path} is no checkpoint, no export and no run with a checkpoint; name one of these")
-    return Checkpoint.open(newest[0], verify=False)
+    return Checkpoint(newest[0], read_manifest(newest[0]))
 
 
 def about(stored: Checkpoint | Exported) -> dict[str, Any]:
@@ -117,7 +117,8 @@ def _files(stored: Checkpoint | Exported) -> dict[str, dict[str, Any]]:
     for name, entry in stored.manifest["files"].items():
         state = "ok"
         try:
-            check_files(stored.path, stored.manifest["files"], [name])
+            check_sizes(stored.path, {name: entry})
+            check_hashes(stored.path, {name: entry}, [name])
         except (DamagedCheckpoint, OSError) as error:
             state = str(error).removeprefix(f"{stored.path / name} ")
         found[name] = {"bytes": int(entry["bytes"]), "state": state}

@@ -19,19 +19,22 @@ def read_bounded(path: str | Path, limit: int) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe's opening would wait
     except ValueError as error:  # a NUL or half a surrogate pair in the name
         raise OSError(errno.EINVAL, f"no name of a file: {error}", str(path)) from error
-    with open(descriptor, "rb") as file:
+    try:
         info = os.fstat(descriptor)
         if stat.S_ISDIR(info.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(info.st_mode):
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
-        blocks, size = [b""], info.st_size
-        while size <= limit and (block := file.read(1 << 20)):  # at once, `limit` bytes of memory would be taken
+        blocks, size, read = [b""], info.st_size, 0
+        while size <= limit and (block := os.read(descriptor, 1 << 20)):  # at once, `limit` bytes would be taken
             blocks.append(block)
-            size = max(size, file.tell())
-        if size > limit:
-            raise OSError(errno.EFBIG, f"is larger than {limit:,} bytes, the most that is read of it", str(path))
-        return b"".join(blocks)
+            read += len(block)
+            size = max(size, read)
+    finally:
+        os.close(descriptor)
+    if size > limit:
+        raise OSError(errno.EFBIG, f"is larger than {limit:,} bytes, the most that is read of it", str(path))
+    return b"".join(blocks)
 
 
 def parse_json(text: str | bytes) -> Any:

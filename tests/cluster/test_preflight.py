@@ -15,6 +15,7 @@ import pytest
 from tests.launchers.test_meet import free_port
 from tests.slurm.trainings import prepare
 from tests.torchrun import ROOT
+from titans_train.__main__ import main as verb
 
 LIMIT = 240
 
@@ -64,6 +65,7 @@ def test_everything_is_listed_with_its_value(ranks: Ranks) -> None:
     assert "preflight: 0 errors" in out
     assert second.communicate()[0] == ""
     assert not list(ranks.folder.rglob(".preflight-*"))
+    assert not (ranks.folder / "runs").exists()
 
 
 def test_all_errors_are_listed_at_once(ranks: Ranks) -> None:
@@ -103,6 +105,12 @@ def test_a_first_rank_that_is_not_there_is_named(ranks: Ranks) -> None:
     _, error = second.communicate(timeout=LIMIT)
     assert second.returncode == 2
     assert f"rank 1 could not reach rank 0 at 127.0.0.1:{ranks.port} within 2 s" in error
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_a_wait_that_is_none_is_refused(folder: Path, seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verb(["preflight", str(folder / "tiny.yaml"), f"--seconds={seconds}"]) == 2
+    assert f"--seconds: it is {seconds}; more than 0" in capsys.readouterr().err
 
 
 def test_another_number_of_processes_is_refused(ranks: Ranks) -> None:

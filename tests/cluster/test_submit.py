@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
@@ -19,7 +20,8 @@ GPUS = ("--nodes", "2", "--gpus-per-node", "1")
 FOURS = ("--nodes", "2", "--gpus-per-node", "4")
 # in sbatch's place: writes down how it was called and what its job would inherit
 STAND_IN = """#!/bin/sh
-printf '%s\\n' "$@" "$TITANS_ROOT" "$VENV" "$PREFLIGHT" "$MAX_RESTARTS" >>"$CALLS"
+printf '%s\\n' "$@" "$TITANS_ROOT" "$VENV" "$PREFLIGHT" "$MAX_RESTARTS" \
+    "$PYTHON$CONTAINER_IMAGE$TITANS_CPU$SLURM_RESTART_COUNT$MASTER_PORT" "$LOG_DIR" >>"$CALLS"
 echo 7
 """
 
@@ -43,7 +45,8 @@ def words(command: str) -> list[str]:
 def test_the_command_asks_for_what_the_run_needs(capsys: pytest.CaptureFixture[str], place: Path) -> None:
     more = ("--time", "1-00:00:00", "--partition", "p q", "--account", "a", "--cpus", "6", "--sbatch=--qos=high")
     asked = words(dry(capsys, QUICKSTART, "training.global_batch_size=32", *FOURS, *more)[0])
-    assert {f"TITANS_ROOT={ROOT}", f"PYTHON={sys.executable}", "MAX_RESTARTS=20"} == set(asked[: asked.index("sbatch")])
+    before = asked[: asked.index("sbatch")]
+    assert {f"TITANS_ROOT={ROOT}", f"PYTHON={sys.executable}", "MAX_RESTARTS=20"} == {w for w in before if "=" in w}
     assert {
         f"--chdir={place}", "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--exclusive", "--mem=0",
         "--time=1-00:00:00", "--partition=p q", "--account=a", "--cpus-per-task=6", "--signal=B:USR1@300", "--qos=high",
@@ -62,12 +65,15 @@ def test_the_printed_command_can_be_run_again_and_does_the_same(
         path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("CALLS", str(calls))
+    for name in ("PYTHON", "CONTAINER_IMAGE", "TITANS_CPU", "SLURM_RESTART_COUNT", "MASTER_PORT"):
+        monkeypatch.setenv(name, "of another")
+    monkeypatch.setenv("LOG_DIR", "/my logs")
     asked = (QUICKSTART, "monitoring.sample_prompt=def f(x): 'y'", *GPUS, "--venv", str(folder), "--no-preflight")
     printed, _ = dry(capsys, *asked)
     subprocess.run(["bash", "-c", printed], cwd="/", check=True, timeout=60)
     by_hand = calls.read_text()
     assert "monitoring.sample_prompt=def f(x): 'y'" in by_hand.splitlines()
-    assert by_hand.splitlines()[-4:] == [str(ROOT), str(folder), "0", "20"]
+    assert by_hand.splitlines()[-6:] == [str(ROOT), str(folder), "0", "20", "", "/my logs"]
     calls.unlink()
     assert main(["submit", *asked]) == 0
     assert "submitted job 7 (pretrain.sbatch)" in capsys.readouterr().out
@@ -92,7 +98,9 @@ def test_a_login_node_imports_no_torch() -> None:
         ([QUICKSTART, "model.heads=5", "--nodes", "3", "--gpus-per-node", "1"], ["model.heads", "3 data-parallel"]),
         ([QUICKSTART, *GPUS, "--venv", "nowhere"], ["nowhere/bin/python"]),
         ([QUICKSTART, *GPUS, "--mounts", "/a:/a"], ["--mounts is for --container"]),
-        ([QUICKSTART, "--kind", "prepare"], ["prepare takes no config"]),
+        ([QUICKSTART, "--kind", "prepare"], ["prepare takes no config", "prepare needs data_prep's arguments"]),
+        ([QUICKSTART, "--kind", "evaluate"], ["--gpus-per-node or --cpu: there is none"]),
+        ([QUICKSTART, "--kind", "evaluate", "--cpu", "--nodes", "3"], ["--nodes: it is 3, but evaluate runs as one"]),
         (["--kind", "evaluate"], ["CONFIG.yaml: evaluate needs one"]),
         (["nowhere.yaml", "--kind", "evaluate"], ["there is no file nowhere.yaml"]),
     ],
@@ -148,8 +156,8 @@ def test_a_container_and_a_cpu_are_told_to_the_job(capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("5", 300), ("5:30", 330), ("1:00:00", 3600), ("2-12", 216000), ("1-1:30", 91800), ("1-0:0:1", 86401), ("x", None),
+    [("5", 300), ("5:30", 330), ("1:00:00", 3600), ("2-12", 216000), ("1-1:30", 91800), ("1-0:0:1", 86401), ("UNLIMITED", math.inf), ("x", None),
      ("1:2:3:4", None), ("-5", None)],
 )  # fmt: skip
-def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: int | None) -> None:
+def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: float | None) -> None:
     assert parse_time(text) == seconds

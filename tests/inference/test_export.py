@@ -137,6 +137,13 @@ def test_what_is_there_is_not_overwritten_and_half_an_export_does_not_stay(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "new.tmp", "out", "runs"]
 
 
+def test_what_else_lies_beside_an_export_is_not_looked_at(tmp_path: Path, capsys: Capture) -> None:
+    checkpoint = write_checkpoint(config(tmp_path / "runs"))
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "parameters of" in output(capsys, "export", checkpoint, tmp_path / "out")
+
+
 def test_the_commands_of_its_readme_work_where_it_lies(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["export", str(write_checkpoint(config(tmp_path / "runs"))), str(out)]) == 0

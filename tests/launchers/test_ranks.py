@@ -127,6 +127,16 @@ def test_a_signal_before_a_rank_can_hear_it_asks_for_a_new_start(launch: Callabl
     assert "exit code" not in error
 
 
+def test_a_signal_while_the_launcher_itself_starts_is_not_lost(launch: Callable[..., Launch]) -> None:
+    launched = launch("wait", "wait")
+    blocked = Path(f"/proc/{launched.process.pid}/status")
+    wait_until(lambda: int(blocked.read_text().split("SigBlk:")[1].split()[0], 16) >> (signal.SIGUSR1 - 1) & 1 == 1)
+    launched.process.send_signal(signal.SIGUSR1)  # it imports, or looks for a port
+    status, _, error = launched.end()
+    assert status == 75
+    assert "SIGUSR1: every rank is told to save and stop" in error
+
+
 def test_a_bad_end_is_named_and_ends_the_others_even_a_stopped_one(launch: Callable[..., Launch]) -> None:
     launched = launch("signal 9", "deaf", "child")
     facts = launched.ready()

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "squeue")
+DAEMONS = ("slurmctld", "slurmd", "slurmstepd")
 SEARCHED = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 CONFIG = """\
@@ -201,9 +202,14 @@ class SlurmCluster:
         return sorted(found)
 
     def processes(self) -> list[int]:
-        """All that belongs to this cluster. Managers of steps and tasks leave their daemon's session."""
+        """Its daemons, managers of steps and tasks; the last two leave their daemon's session.
+
+        Not a shell with our SLURM_CONF in which someone looks on, nor whoever started us.
+        """
         pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-        return [pid for pid in pids if pid != os.getpid() and variable(pid, "SLURM_CONF") == str(self.config)]
+        above = ancestors(os.getpid())
+        ours = [pid for pid in pids if pid not in above and variable(pid, "SLURM_CONF") == str(self.config)]
+        return [pid for pid in ours if command_name(pid) in DAEMONS or variable(pid, "SLURMD_NODENAME") is not None]
 
     # --- its jobs
 
@@ -270,6 +276,15 @@ def parent_of(pid: int) -> int | None:
         return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
     except (OSError, ValueError):
         return None
+
+
+def ancestors(pid: int | None) -> set[int]:
+    """With the process itself."""
+    found: set[int] = set()
+    while pid and pid not in found:
+        found.add(pid)
+        pid = parent_of(pid)
+    return found
 
 
 def command_name(pid: int) -> str:

@@ -53,7 +53,7 @@ def wait_rank(cluster: SlurmCluster, module: str) -> int:
             ["--ntasks-per-node=2"],
             {"MAX_RESTARTS": "x", "PYTHON": sys.executable},
             ["tiny.yaml"],
-            "which is no number",
+            "MAX_RESTARTS is 'x'; it is a number from 0",
         ),
         (
             "pretrain.sbatch",
@@ -62,6 +62,9 @@ def wait_rank(cluster: SlurmCluster, module: str) -> int:
             ["tiny.yaml"],
             "is refused, 1 problem",
         ),
+        ("pretrain.sbatch", ["--ntasks-per-node=2"], {"END_SECONDS": "0", "PYTHON": "/bin/sh"}, ["tiny.yaml"], "END_S"),
+        ("pretrain.sbatch", ["--ntasks-per-node=2"], {"MASTER_PORT": "a", "PYTHON": "/bin/sh"}, ["t.yaml"], "MASTER_P"),
+        ("evaluate.sbatch", [], {"PYTHON": sys.executable, "TITANS_CPU": ""}, ["tiny.yaml"], "this job has no GPU"),
         ("evaluate.sbatch", [], {"PYTHON": sys.executable}, [], "name a config, a run or a checkpoint"),
         ("prepare_data.sbatch", [], {"PYTHON": sys.executable}, [], "say what to prepare"),
     ],

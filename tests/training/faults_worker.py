@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from tests.training.worker import STEPS, plan_of
+from tests.training.worker import plan_of
 from titans_train.data import loader
 from titans_train.errors import UserError
 from titans_train.models import LanguageModel
@@ -161,7 +161,7 @@ def flips(
 
 def slow(mesh: Mesh, folder: Path, prepared: Path, say: Callable[..., None]) -> None:
     """Four ranks, two by two: one of them sleeps in its forward, then while it waits for data; then a flipped bit."""
-    settings = {"parallel": {"tensor": 2, "zero_stage": 1}, "monitoring": {"log_every": STEPS}}
+    settings = {"parallel": {"tensor": 2, "zero_stage": 1}, "monitoring": {"log_every": 2}}
     forward = LanguageModel.forward
 
     def late_forward(self: LanguageModel, *args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ Usage: saver_worker.py FOLDER PREPARED. A rank "has a full disk" when its files 
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 import sys
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tests.training.worker import plan_of
 from titans_train.data import open_dataset
@@ -22,8 +25,9 @@ from titans_train.training import run_folder
 from titans_train.training.checkpoint_saver import Saver
 from titans_train.training.decisions import decide
 from titans_train.training.loop import build_engine
+from titans_train.training.manifest import read_manifest, write_manifest
 from titans_train.training.progress import Progress
-from titans_train.training.resume import newest
+from titans_train.training.resume import newest, resume
 
 
 @contextmanager
@@ -83,7 +87,7 @@ def main(folder: Path, prepared: Path) -> None:
                     saver.finish()
                 except UserError as error:
                     found[f"failed on {victim}"] = [str(error), saver.saved_step]
-        for step, loss in ((4, 1.0), (5, 3.0), (6, None), (7, 2.5)):
+        for step, loss in ((4, 1.0), (5, 3.0), (6, math.nan), (7, 2.5)):
             save(step, loss)  # waits for the one before
         saver.finish()
         found["saved"] = saver.saved_step
@@ -100,6 +104,19 @@ def main(folder: Path, prepared: Path) -> None:
                 found["newest"].append(None if newest_one is None else newest_one.step)
             except UserError as error:
                 found["newest"].append(str(error))
+        if mesh.is_first:  # the same elements in another shape, and a manifest that agrees with itself
+            good = plan.run_directory / "checkpoints" / "step-00000007"
+            shutil.copytree(folder / "kept" / "checkpoints" / good.name, good)
+            manifest = read_manifest(good)
+            shape = manifest["tensors"]["embedding.weight"]["shape"]
+            manifest["tensors"]["embedding.weight"]["shape"] = [math.prod(shape)]
+            write_manifest(good, manifest)
+        before = [value.clone() for value in engine.model.parameters()]
+        try:
+            resume(engine, plan, data, mesh)
+        except UserError as error:
+            found["reshaped"] = str(error)
+        found["untouched"] = all(torch.equal(a, b) for a, b in zip(before, engine.model.parameters(), strict=True))
         if mesh.is_first:
             (folder / "found.json").write_text(json.dumps(found))
 

@@ -56,6 +56,7 @@ def test_a_rank_that_cannot_write_harms_nothing_and_keeps_nobody_waiting(found: 
 
 
 def test_the_last_the_every_nth_and_the_best_checkpoints_stay(run: Path) -> None:
+    """A validation loss that is not finite counts as none."""
     assert [path.name for path in candidates(run)] == ["step-00000007", "step-00000006", "step-00000004"]
     assert (run / "checkpoints" / "latest").read_text() == "step-00000007"
     assert [read_manifest(path)["validation_loss"] for path in candidates(run)] == [2.5, None, 1.0]
@@ -79,8 +80,13 @@ def test_all_ranks_set_a_damaged_checkpoint_aside_and_use_the_one_before(saved: 
         line = next(line for line in errors.splitlines() if f"set aside as step-{step:08d}.damaged" in line)
         assert damage in line
     assert errors.count("set aside as") == 3
-    aside = sorted(path.name for path in (saved / "run" / "checkpoints").glob("step-*"))
+    aside = sorted(path.name for path in (saved / "run" / "checkpoints").glob("step-*.damaged"))
     assert aside == [f"step-{step:08d}.damaged" for step in (4, 6, 7)]
+
+
+def test_a_checkpoint_with_another_shape_is_refused_before_anything_is_set(found: dict[str, Any]) -> None:
+    assert "other parameters than this version's model, such as embedding.weight" in found["reshaped"]
+    assert found["untouched"] is True
 
 
 def test_a_byte_changed_anywhere_is_seen(run: Path) -> None:

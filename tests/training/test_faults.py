@@ -17,7 +17,7 @@ from tests.training.faults_worker import BAD_STEP, COMPARED, SKIPS
 from tests.training.worker import STEPS
 from titans_train.monitoring.metrics import read_metrics
 from titans_train.parallel.replicas import _odd, checksum
-from titans_train.training.reports import slowest
+from titans_train.training.reports import late_rank, slowest
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,18 @@ def test_a_slow_rank_is_named_though_all_ranks_wait_for_it(four: Path, name: str
     assert ranks[STEPS] == rank and ratios[STEPS] > 1.3
     assert (figures(four / name, "data_wait")[STEPS] > 0.1) == waits
     console = (four / "console.txt").read_text().split(f"{name} starts")[1].split("finished")[0]
-    assert console.count(f"step {STEPS}: rank {rank} (") == 1 == console.count("is slow:")  # step 1 warms up
+    assert [line.split(" (")[0] for line in console.splitlines() if "is slow:" in line] == [
+        f"step {step}: rank {rank}"
+        for step in (4, STEPS)  # step 1 warms up, and one window is none yet
+    ]
+
+
+def test_a_rank_is_late_by_a_ratio_and_by_time() -> None:
+    assert late_rank([(1.0, 0.0)], 1, 1.3) is None
+    assert late_rank([(1.0, 0.0), (1.2, 0.0), (1.0, 0.0)], 2, 1.3) is None
+    assert late_rank([(0.01, 0.0), (0.04, 0.0)], 1, 1.3) is None  # four times as long, and nobody would notice
+    assert late_rank([(1.0, 0.0), (1.4, 0.0), (1.0, 0.0)], 10, 1.3) is None  # 40 ms per step
+    assert late_rank([(1.0, 0.0), (1.4, 0.0), (1.0, 0.0)], 5, 1.3) == 1
 
 
 def test_the_slowest_is_measured_against_the_others() -> None:

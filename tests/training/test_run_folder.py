@@ -1,13 +1,15 @@
 """A run's folder belongs to one job, and whatever a kill leaves in it, the next start copes with or explains."""
 
+import json
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.data.corpus import run_config
+from titans_train.config import dump_config
 from titans_train.errors import UserError
-from titans_train.monitoring.metrics import Metrics, read_metrics
 from titans_train.plan import Plan, make_plan
 from titans_train.training import run_folder
 
@@ -30,34 +32,64 @@ def test_what_reading_and_a_killed_start_leave_is_no_foreign_folder(plan: Plan) 
     with ExitStack() as held:
         run_folder.own(plan, held)
     (plan.run_directory / "cache").mkdir()
-    (plan.run_directory / "plan.json.half").write_text("{")
+    (plan.run_directory / "plan.json.123.writing").write_text("{")
     run_folder.check(plan)
     (plan.run_directory / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="is not empty and not a run"):
         run_folder.check(plan)
+    run_folder.write(plan)
+    assert not (plan.run_directory / "plan.json.123.writing").exists()
 
 
-def test_a_damaged_plan_is_named_with_the_remedy(plan: Plan) -> None:
+@pytest.mark.parametrize("damage", ["cut", "missing", "folder"])
+def test_without_its_plan_a_run_is_known_by_its_config(plan: Plan, damage: str) -> None:
     plan.run_directory.mkdir(parents=True)
     run_folder.write(plan)
+    record, copy = plan.run_directory / "plan.json", plan.run_directory / "config.yaml"
+    whole = record.read_text()
+    record.unlink()
+    if damage == "cut":
+        record.write_text(whole[:300])
+    elif damage == "folder":
+        record.mkdir()
     run_folder.check(plan)
-    record = plan.run_directory / "plan.json"
-    record.write_text(record.read_text()[:300])
-    with pytest.raises(UserError, match=r"plan\.json is damaged .*; remove it if .*config\.yaml is the run's"):
+    changed = plan.config.optimizer.model_copy(update={"learning_rate": 0.125})
+    other = make_plan(plan.config.model_copy(update={"optimizer": changed}))
+    with pytest.raises(UserError, match="other settings:\n  - optimizer.learning_rate: .* there, 0.125 here"):
+        run_folder.check(other)
+    copy.write_text("model: [")
+    said = "is missing" if damage == "missing" else r"is damaged \(.*\)"
+    with pytest.raises(
+        UserError, match=rf"plan\.json {said} and config\.yaml cannot be read [\s\S]*put the run's config"
+    ):
         run_folder.check(plan)
+    copy.unlink()
+    (plan.run_directory / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"config\.yaml is missing, so nothing says"):
+        run_folder.check(plan)
+    if damage != "folder":
+        copy.write_text(dump_config(plan.config))  # as the error says
+        run_folder.check(plan)
+        run_folder.write(plan)
+        assert record.read_text() == whole
+
+
+def test_a_summary_is_of_its_steps_and_one_that_cannot_be_written_is_named(plan: Plan) -> None:
+    plan.run_directory.mkdir(parents=True)
+    path = plan.run_directory / "summary.json"
+    assert run_folder.summarised_steps(plan) is None
+    for text in ("{", "[]", "{}", '{"steps": "7"}'):
+        path.write_text(text)
+        assert run_folder.summarised_steps(plan) is None
+    run_folder.write_summary(plan, {"steps": 7, "loss": 2.5})
+    assert run_folder.summarised_steps(plan) == 7 and json.loads(path.read_text())["loss"] == 2.5
+    assert list(plan.run_directory.iterdir()) == [path]
+    shutil.rmtree(plan.run_directory)
+    with pytest.raises(UserError, match=r"summary\.json cannot be written \(No such file .*saved: free space"):
+        run_folder.write_summary(plan, {"steps": 7})
 
 
 def test_writing_leaves_whole_files_only(plan: Plan) -> None:
     plan.run_directory.mkdir(parents=True)
     run_folder.write(plan)
     assert sorted(path.name for path in plan.run_directory.iterdir()) == ["config.yaml", "plan.json", "plan.txt"]
-
-
-def test_a_cut_last_line_of_the_metrics_is_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.25}\n{"step": 3, "lo')
-    assert [line["step"] for line in read_metrics(path)] == [1, 2]
-    metrics = Metrics(tmp_path, first_step=1, tensorboard=False)
-    metrics.write(2, {"loss": 2.125})
-    metrics.close()
-    assert read_metrics(path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.125}]

@@ -12,7 +12,7 @@ from tests.training.ranks import Ranks
 from tests.training.worker import plan_of
 from titans_train.config import dump_config
 from titans_train.monitoring.metrics import read_metrics
-from titans_train.monitoring.signals import REQUEUE, caught, received
+from titans_train.monitoring.signals import REQUEUE, caught, received, stopped
 
 STEPS = 14
 
@@ -58,6 +58,7 @@ def test_any_signal_to_any_process_saves_at_once_and_the_run_goes_on_as_if_never
         ranks.until(lambda: all(handles(p.pid, signal.SIGUSR1) for p in ranks.processes))
         ranks.signal(signal.SIGUSR1, [1])
         assert ranks.statuses() == [REQUEUE, REQUEUE], ranks.text() + ranks.text(1)
+        assert "SIGUSR1: stopped before the first step" in ranks.text(0) and "stopped" not in ranks.text(1)
     assert steps(parts) == before
     with Ranks(2, tmp_path / "rest", *command, "run.name=parts") as ranks:
         assert ranks.statuses() == [0, 0], ranks.text() + ranks.text(1)
@@ -78,3 +79,15 @@ def test_the_first_signal_is_remembered_and_further_ones_do_no_harm() -> None:
             signal.raise_signal(number)
         assert received() == signal.SIGUSR2
     assert received() == 0 and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_last_line_says_what_is_saved_and_what_is_not() -> None:
+    cases = {
+        (3, 5, 5): "stopped after step 5, which is saved;",
+        (3, 5, 3): "stopped after step 5, the newest checkpoint is of step 3;",
+        (0, 5, 0): "stopped after step 5, there is no checkpoint;",
+        (5, 5, 5): "stopped before the first step; nothing was trained since step 5, which is saved;",
+        (0, 0, 0): "stopped before the first step; this start has trained nothing;",
+    }
+    for (first, step, saved), line in cases.items():
+        assert stopped(signal.SIGTERM, first, step, saved).startswith(f"SIGTERM: {line} exit status 75: ")

@@ -12,7 +12,6 @@ from torch import Tensor
 from titans_train.config import RunConfig
 from titans_train.parallel import Engine, gather
 from titans_train.parallel.pieces import KINDS, Piece
-from titans_train.parallel.split import split_of
 from titans_train.plan import Plan, make_plan
 
 SEQUENCES, LENGTH = 4, 32
@@ -75,10 +74,4 @@ def cut(whole: Tensor, piece: Piece) -> Tensor:
 
 def whole_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     """Of the parameters."""
-    found = {}
-    for name, share in engine.pieces.share_shapes():
-        split, shape = split_of(engine.pieces.parameters[name]), list(share)
-        if split is not None:
-            shape[split.dim] *= split.parts
-        found[name] = tuple(shape)
-    return found
+    return {name: shape for name, (shape, _) in engine.pieces.wholes().items()}

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import socket
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -168,11 +169,13 @@ def sees(path: Path) -> bool:
 
 
 def read_data(plan: Plan) -> tuple[str, str]:
-    """Fingerprint of the training data as seen from here, or why there is none."""
+    """Fingerprint of the training data as seen from here, or why there is none. The run's folder is not touched."""
     from titans_train.data import open_dataset
     from titans_train.errors import UserError
 
     try:
-        return json.dumps(open_dataset(plan.config, "train", plan.shape.document_alignment).fingerprints), ""
+        with tempfile.TemporaryDirectory(prefix="preflight-") as cache:
+            config = plan.config.model_copy(update={"data": plan.config.data.model_copy(update={"cache": cache})})
+            return json.dumps(open_dataset(config, "train", plan.shape.document_alignment).fingerprints), ""
     except (UserError, OSError) as error:
         return "", str(error)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from titans_train.parallel.fabric import Meeting
 
 CLOCK_ROUNDS = 3
+LONGEST = 86400.0  # seconds that a rank waits for another
 
 
 def main(args: Sequence[str]) -> int:
@@ -40,6 +41,17 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--least-within", type=float, metavar="GB/S", help="all-reduce within nodes; less is an error")
     parser.add_argument("--least-between", type=float, metavar="GB/S", help="between nodes; less is an error")
     options = parser.parse_intermixed_args(list(args))
+    if not 0 < options.seconds <= LONGEST:
+        raise ConfigError(
+            [
+                Problem(
+                    "--seconds",
+                    f"it is {options.seconds:g}; more than 0 and at most {LONGEST:g} can be waited",
+                    "leave it out",
+                )
+            ],
+            "the preflight",
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if options.world not in (None, world):
         remedy = f"start {options.world}, or say --world {world}"

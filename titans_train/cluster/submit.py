@@ -7,6 +7,7 @@ What is submitted is one of the files in slurm/; everything else is in sbatch's 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -25,12 +26,21 @@ from titans_train.training import run_folder
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {"pretrain": "pretrain.sbatch", "evaluate": "evaluate.sbatch", "prepare": "prepare_data.sbatch"}
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
+UNLIMITED = ("unlimited", "infinite")
+# What a job file reads and the shell of whoever submits may have set for something else: submit states all of it.
+CLEARED = (
+    "VENV", "PYTHON", "CONTAINER_IMAGE", "CONTAINER_MOUNTS", "CONTAINER_PYTHON", "TITANS_ROOT", "TITANS_CPU",
+    "PREFLIGHT", "MAX_RESTARTS", "LOG_DIR", "END_SECONDS", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES",
+    "DS_ACCELERATOR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_RESTART_COUNT",
+    "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_GPUS_ON_NODE", "SRUN_CPUS_PER_TASK",
+)  # fmt: skip
+KEPT = ("LOG_DIR", "END_SECONDS", "CONTAINER_PYTHON")  # for which there is no option: shown in the command
 LEAST_SECONDS = 60  # between a job's start and its notice, if it is to train at all
 
 
 @dataclass
 class Submission:
-    """A call of sbatch: variables that its job inherits, options, the job file and its arguments."""
+    """A call of sbatch: variables that its job inherits in place of CLEARED, options, job file and its arguments."""
 
     variables: dict[str, str] = field(default_factory=dict)
     options: list[str] = field(default_factory=list)
@@ -41,9 +51,14 @@ class Submission:
     def command(self) -> list[str]:
         return ["sbatch", *self.options, str(self.file), *self.arguments]
 
+    @property
+    def cleared(self) -> list[str]:
+        return [name for name in CLEARED if name not in self.variables]
+
     def text(self) -> str:
         """As a line for a shell, from any directory."""
-        lines = [*(f"{name}={shlex.quote(value)}" for name, value in self.variables.items())]
+        lines = [shlex.join(["env", *(word for name in self.cleared for word in ("-u", name))])]
+        lines += [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
         lines += ["sbatch", *map(shlex.quote, self.options), shlex.join([str(self.file), *self.arguments])]
         return " \\\n  ".join(lines)
 
@@ -100,11 +115,12 @@ def parser() -> argparse.ArgumentParser:
 def make_submission(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Submission, list[str]]:
     """What would be submitted, and warnings. ConfigError and UserError before anything is written."""
     warnings: list[str] = []
-    problems = check_options(options)
+    problems = check_options(options, rest)
     if problems:
         raise ConfigError(problems, "the submission")
     result = Submission(file=ROOT / "slurm" / FILES[options.kind])
     result.variables = {
+        **{name: os.environ[name] for name in KEPT if os.environ.get(name)},
         "TITANS_ROOT": str(ROOT),
         **python_variables(options),
         "MAX_RESTARTS": str(options.max_restarts),
@@ -129,29 +145,46 @@ def make_submission(options: argparse.Namespace, rest: Sequence[str]) -> tuple[S
     return result, warnings
 
 
-def check_options(options: argparse.Namespace) -> list[Problem]:
+def check_options(options: argparse.Namespace, rest: Sequence[str]) -> list[Problem]:
     """Everything that is wrong with the options themselves, all at once."""
     found = []
     if options.kind != "prepare" and options.config is None:
         found.append(Problem("CONFIG.yaml", f"{options.kind} needs one", "name a config"))
-    if options.kind == "prepare" and options.config is not None:
-        found.append(Problem(options.config, "prepare takes no config", "write data_prep's arguments after --"))
+    if options.kind == "prepare":
+        if options.config is not None:
+            found.append(Problem(options.config, "prepare takes no config", "write data_prep's arguments after --"))
+        if not rest:
+            found.append(Problem("--", "prepare needs data_prep's arguments", "write -- --input ... --output ..."))
     if options.kind == "pretrain":
-        devices = ("--ranks-per-node", "ranks_per_node") if options.cpu else ("--gpus-per-node", "gpus_per_node")
-        for name, key in (("--nodes", "nodes"), devices):
-            value = getattr(options, key)
-            if value is None or value < 1:
-                found.append(Problem(name, f"it is {value}, and at least 1 is needed", f"write {name} N"))
-        if options.cpu and options.gpus_per_node is not None:
-            found.append(Problem("--gpus-per-node", "--cpu means no GPUs", "leave one of the two out"))
-        if not options.cpu and options.ranks_per_node is not None:
-            found.append(Problem("--ranks-per-node", "each GPU has one rank", "leave it out, or say --cpu"))
+        found += check_ranks(options)
+    else:
+        for name in ("nodes", "ranks_per_node"):
+            if (value := getattr(options, name)) is not None:
+                message = f"it is {value}, but {options.kind} runs as one process on one node"
+                found.append(Problem(f"--{name.replace('_', '-')}", message, "leave it out"))
+    if options.kind == "evaluate" and options.cpu == (options.gpus_per_node is not None):
+        both = "there are both" if options.cpu else "there is none"
+        found.append(Problem("--gpus-per-node or --cpu", f"{both}; one is needed", "write --gpus-per-node 1 or --cpu"))
     for name in ("cpus", "notice", "max_restarts"):
         value, least = getattr(options, name), 0 if name == "max_restarts" else 1
         if value is not None and value < least:
             found.append(Problem(f"--{name.replace('_', '-')}", f"it is {value}; the least is {least}", "give more"))
     if options.time is not None:
         found += check_time(options.time, options.notice if options.kind != "evaluate" else 0)
+    return found
+
+
+def check_ranks(options: argparse.Namespace) -> list[Problem]:
+    found = []
+    devices = ("--ranks-per-node", "ranks_per_node") if options.cpu else ("--gpus-per-node", "gpus_per_node")
+    for name, key in (("--nodes", "nodes"), devices):
+        value = getattr(options, key)
+        if value is None or value < 1:
+            found.append(Problem(name, f"it is {value}, and at least 1 is needed", f"write {name} N"))
+    if options.cpu and options.gpus_per_node is not None:
+        found.append(Problem("--gpus-per-node", "--cpu means no GPUs", "leave one of the two out"))
+    if not options.cpu and options.ranks_per_node is not None:
+        found.append(Problem("--ranks-per-node", "each GPU has one rank", "leave it out, or say --cpu"))
     return found
 
 
@@ -165,8 +198,10 @@ def check_time(text: str, notice: int) -> list[Problem]:
     return []
 
 
-def parse_time(text: str) -> int | None:
-    """Seconds of a time limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; None if it is none."""
+def parse_time(text: str) -> float | None:
+    """Seconds of a time limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S, UNLIMITED; None if it is none."""
+    if text.lower() in UNLIMITED:
+        return math.inf
     match = TIME.fullmatch(text)
     if match is None:
         return None
@@ -233,7 +268,8 @@ def hand_in(submission: Submission) -> str:
         raise UserError(
             "there is no sbatch on PATH: this is no SLURM cluster's login node; --dry-run shows the command"
         )
-    environment = {**os.environ, **submission.variables}
+    inherited = {name: value for name, value in os.environ.items() if name not in CLEARED}
+    environment = inherited | submission.variables
     command = [*submission.command[:1], "--parsable", *submission.command[1:]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from data_prep.durable import flush_folder
+from data_prep.durable import flush_directory, flush_folder
 from data_prep.manifest import TokenizerEntry, describe_file
 from data_prep.manifest_checks import TOKENIZER_FILES
 from data_prep.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ def _beside(out: Path) -> Iterator[Path]:
         flush_folder(temporary)
         _check_free(out)
         temporary.rename(out)
-        flush_folder(out.absolute().parent)
+        flush_directory(out.absolute().parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} cannot be written ({error}); free space or name another folder") from error
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 
 
 def duration(seconds: float) -> str:
@@ -13,7 +14,7 @@ def duration(seconds: float) -> str:
 
 
 class Console:
-    """Speaks on the first rank only."""
+    """Speaks on the first rank only. A log on a full disk, or a reader that has gone, does not end a run."""
 
     def __init__(self, speaks: bool, first_step: int, steps: int) -> None:
         self.speaks, self.first, self.steps = speaks, first_step, steps
@@ -28,8 +29,12 @@ class Console:
             f"{tokens_per_second:,.0f} tokens/s  {duration(left)} left"
         )
         if self.speaks:
-            print(f"\r{line}\x1b[K" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+            self._print(f"\r{line}\x1b[K" if self.terminal else line, end="" if self.terminal else "\n")
 
     def say(self, text: str) -> None:
         if self.speaks:
-            print(f"\n{text}" if self.terminal else text, flush=True)
+            self._print(f"\n{text}" if self.terminal else text)
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        with suppress(OSError):
+            print(text, end=end, flush=True)

@@ -26,6 +26,17 @@ class Requeue(Exception):  # noqa: N818  # not an error
         self.number, self.step = number, step
 
 
+def stopped(number: int, first_step: int, step: int, saved_step: int) -> str:
+    """What a signal has ended: training from `first_step` to `step`, with a checkpoint of `saved_step`; 0: none."""
+    if step > first_step:
+        saved = f"the newest checkpoint is of step {saved_step}" if saved_step else "there is no checkpoint"
+        what = f"stopped after step {step}, " + ("which is saved" if saved_step == step else saved)
+    else:
+        what = "stopped before the first step; "
+        what += f"nothing was trained since step {step}, which is saved" if step else "this start has trained nothing"
+    return f"{signal.Signals(number).name}: {what}; exit status {REQUEUE}: the same command goes on from there"
+
+
 def received() -> int:
     """Number of the first signal that this process has got within `caught`; 0: none."""
     return _first

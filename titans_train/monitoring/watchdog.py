@@ -3,6 +3,10 @@
 Ranks wait for each other, so one that hangs stops them all, and each that can still answer says where it stands. The
 stacks are written by a thread of Python's; where the interpreter itself is stuck, faulthandler's thread, which needs no
 interpreter lock, prints them to standard error. Both end the process hard: nothing is waited for.
+
+A job that is suspended (SIGSTOP, scontrol suspend) and goes on has not hung: time in which this process did not run
+does not count. The second thread cannot know of it, so it waits SUSPENDED limits longer, as collectives do; a rank
+that is stuck so deeply is ended before that by its launcher, once the others have ended.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from datetime import datetime
 from pathlib import Path
 
 PATIENCE = 3  # the limit at the start, where files are read and hashed and kernels are built, in units of the usual one
+SUSPENDED = 3  # usual limits that a job may be suspended for: then collectives time out as well
 _GRACE = 3.0  # seconds: for others to write their stacks before this process is missed, and for a slow disk
 
 
@@ -60,6 +65,23 @@ class Heartbeat:
             half.replace(self.path)
 
 
+class Away:
+    """Of a thread that wakes every `interval` seconds: the time in which its process did not run at all."""
+
+    def __init__(self, interval: float) -> None:
+        self.interval = interval
+        self._beat, self._seconds = 0.0, 0.0
+
+    def since(self, beat: float, before: float, now: float) -> float:
+        """Seconds since a beat, all by the same clock; the thread woke at `before`, and then only now."""
+        if beat != self._beat:
+            self._beat, self._seconds = beat, 0.0
+        gap = now - max(before, beat) - self.interval
+        if gap > 5 * self.interval + 2:  # no busy host is so late
+            self._seconds += gap
+        return self._seconds
+
+
 class Watchdog:
     """Within `with`, ends the process when `beat` has not been called for `seconds`.
 
@@ -94,12 +116,14 @@ class Watchdog:
 
     def _watch(self) -> None:
         interval = min(1.0, self.seconds / 10)
+        woke, away = time.monotonic(), Away(interval)
         while not self._ended.wait(interval):
-            beat = self._beat
-            idle = time.monotonic() - beat.clock
+            beat, before, woke = self._beat, woke, time.monotonic()
+            idle = woke - beat.clock - away.since(beat.clock, before, woke)
             if idle > beat.limit or (idle > beat.limit / 2 and self.folder.exists()):
                 self._end(beat, idle)
-            faulthandler.dump_traceback_later(max(beat.limit - idle, 0) + _GRACE, exit=True)
+            limit = beat.limit + SUSPENDED * self.seconds
+            faulthandler.dump_traceback_later(max(limit - idle, 0) + _GRACE, exit=True)
             self._note()
 
     def _end(self, beat: Beat, idle: float) -> None:

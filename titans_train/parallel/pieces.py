@@ -8,7 +8,6 @@ test_reshard.py: `_hp_mapping` (stages 1, 2), `safe_get_local_*` and `ds_tensor`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,10 +97,15 @@ class Pieces:
             return value  # type: ignore[no-any-return]
         return parameter._hp_mapping.get_hp_fragment(key)  # type: ignore[no-any-return]
 
-    def share_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """The shape of this rank's share of each parameter."""
+    def wholes(self) -> dict[str, tuple[tuple[int, ...], Split | None]]:
+        """The whole shape of each parameter, and how tensor ranks cut it."""
+        found = {}
         for name, p in self.parameters.items():
-            yield name, tuple(getattr(p, "ds_shape", p.shape))
+            split, shape = split_of(p), list(getattr(p, "ds_shape", p.shape))
+            if split is not None:
+                shape[split.dim] *= split.parts
+            found[name] = (tuple(shape), split)
+        return found
 
     def publish(self) -> None:
         """Makes the weights that the forward uses from the fp32 values that were set. Collective."""

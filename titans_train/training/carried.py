@@ -63,25 +63,33 @@ class CarriedStates:
         whole = map_tensors(lambda t: join_heads(t, self.mesh), join_rows(list(self.states)))
         if self.mesh.tensor_rank:
             return None
-        name = f"carried-{self.mesh.data_rank * self.rows:08d}.safetensors"
-        return name, map_tensors(lambda t: t.detach().to("cpu", copy=True), whole)
+        on_host = map_tensors(lambda t: t.detach().to("cpu", copy=True), whole)
+        return _file_name(self.mesh.data_rank * self.rows), on_host
 
     def load(self, folder: Path, names: Iterable[str]) -> None:
-        """Takes this rank's rows from files that any layout has written, given in the order of their rows."""
+        """Takes this rank's rows from files that any layout has written. ValueError unless they hold every row once."""
         if self.mesh.sequence_rank:
             return
         first, found, start = self.mesh.data_rank * self.rows, [], 0
         for name in sorted(names):
             state = ModelState.load(folder / name, self.plan.shape)
             count = len(tensors_of(state)[0])
+            if name != _file_name(start):
+                raise ValueError(f"{folder / name} does not begin with row {start}, where the one before it ends")
             wanted = slice(max(first - start, 0), min(first + self.rows - start, count))
             if wanted.start < wanted.stop:
                 found.append(take_rows(state, wanted))
             start += count
         if found:
+            if start != (rows := self.plan.config.training.global_batch_size):
+                raise ValueError(f"{folder} has the states of {start} rows, the batch has {rows}")
             own = map_tensors(lambda t: cut_heads(t, self.mesh).to(device()), join_rows(found))
             size = self.plan.config.training.micro_batch_size
             self.states = [take_rows(own, slice(i, i + size)) for i in range(0, self.rows, size)]
+
+
+def _file_name(first_row: int) -> str:
+    return f"carried-{first_row:08d}.safetensors"
 
 
 def _from_here(state: ModelState, base: float) -> ModelState:

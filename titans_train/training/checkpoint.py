@@ -28,7 +28,7 @@ from torch import Tensor
 
 from titans_train.parallel.pieces import KINDS, Piece
 from titans_train.parallel.split import Split
-from titans_train.training.manifest import MANIFEST, DamagedCheckpoint, check_files, read_manifest
+from titans_train.training.manifest import MANIFEST, DamagedCheckpoint, check_hashes, check_sizes, read_manifest
 
 _FILE_NAME = re.compile(r"(rank-\d{5,}|carried-\d{8,})\.safetensors")
 
@@ -41,15 +41,16 @@ class Checkpoint:
         self._files: dict[str, Any] = {}
         try:
             self._index = self._check()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise DamagedCheckpoint(f"{path / MANIFEST} contradicts itself: {error!r}") from error
 
     @classmethod
     def open(cls, path: Path, verify: bool = True) -> Checkpoint:
         """verify: read every file and compare its hash. DamagedCheckpoint names what is not as it was written."""
         checkpoint = cls(path, read_manifest(path))
+        check_sizes(path, checkpoint.files)
         if verify:
-            check_files(path, checkpoint.files, checkpoint.files)
+            check_hashes(path, checkpoint.files, checkpoint.files)
         return checkpoint
 
     @property
@@ -88,12 +89,15 @@ class Checkpoint:
             whole = self.tensor(kind, piece.name)
             share = whole if piece.split is None else piece.split.share(whole, piece.part)
             return share.reshape(-1)[piece.start : piece.end]
-        out = torch.empty(piece.count)
-        for file, stored in self._index[piece.name]:
+        overlapping = [
+            (stored, self._slice(file, kind, stored))
+            for file, stored in self._index[piece.name]
+            if stored.part == piece.part and stored.start < piece.end and piece.start < stored.end
+        ]
+        out = torch.empty(piece.count)  # not before it is known that the files have as much
+        for stored, values in overlapping:
             first, end = max(stored.start, piece.start), min(stored.end, piece.end)
-            if stored.part == piece.part and first < end:
-                values = self._slice(file, kind, stored)
-                out[first - piece.start : end - piece.start] = values[first - stored.start : end - stored.start]
+            out[first - piece.start : end - piece.start] = values[first - stored.start : end - stored.start]
         return out
 
     def _slice(self, file: str, kind: str, stored: Piece) -> Any:
@@ -139,6 +143,8 @@ class Checkpoint:
 
 
 def _check_split(name: str, split: Split, shape: list[int]) -> None:
+    if not 0 <= split.dim < len(shape):
+        raise ValueError(f"{name} has no dimension {split.dim}")
     length = shape[split.dim]
     sections = split.sections or (length,)
     if sum(sections) != length or any(section % split.parts for section in sections):

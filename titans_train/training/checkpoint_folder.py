@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data_prep.durable import whole_file
+from data_prep.durable import flush_directory, whole_file
 from titans_train.config.schema import Checkpoint as Settings
 from titans_train.errors import UserError
 from titans_train.training.checkpoint import Checkpoint
 from titans_train.training.manifest import DamagedCheckpoint, read_manifest
 
 LATEST, TEMPORARY, DAMAGED, REMOVED = "latest", ".tmp", ".damaged", ".removed"
+_TRIES = 3
 
 
 def checkpoint_folder(run_directory: Path) -> Path:
@@ -44,12 +45,16 @@ def has_set_aside(run_directory: Path) -> bool:
 
 def find_latest(run_directory: Path) -> Path | None:
     """The newest checkpoint that is complete and undamaged. Changes nothing; for readers beside the training."""
-    for path in candidates(run_directory):
-        try:
-            Checkpoint.open(path)
-            return path
-        except DamagedCheckpoint:
-            continue
+    for _ in range(_TRIES):
+        gone = False
+        for path in candidates(run_directory):
+            try:
+                Checkpoint.open(path)
+                return path
+            except DamagedCheckpoint:
+                gone = gone or not path.exists()
+        if not gone:  # else a training has removed what was being read, and has newer ones
+            break
     return None
 
 
@@ -70,27 +75,37 @@ def begin(run_directory: Path, step: int, size: int) -> Path:
     temporary = temporary.with_name(temporary.name + TEMPORARY)
     temporary.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(run_directory)
+    if temporary.exists():
+        shutil.rmtree(temporary)
     check_disk(temporary.parent, size)
     temporary.mkdir()
     return temporary
 
 
 def clear_leftovers(run_directory: Path) -> None:
-    """Removes what a killed save or removal has left. Only while no save is under way."""
-    for suffix in (TEMPORARY, REMOVED):
-        for path in checkpoint_folder(run_directory).glob(f"step-*{suffix}"):
-            shutil.rmtree(path)
+    """Removes what a killed save or removal has left, where it can. Only while no save is under way."""
+    folder = checkpoint_folder(run_directory)
+    for pattern in (f"step-*{TEMPORARY}", f"step-*{REMOVED}"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f"{LATEST}.*"):
+        path.unlink(missing_ok=True)
 
 
-def publish(temporary: Path) -> Path:
-    """Makes a folder that is complete and flushed the newest checkpoint: renamed, then pointed at."""
+def publish(temporary: Path) -> None:
+    """Makes a folder that is complete and flushed a checkpoint, which a power cut does not undo."""
     path = temporary.with_name(temporary.name.removesuffix(TEMPORARY))
     if path.exists():  # of a run that went back to an earlier step
         _remove(path)
     temporary.rename(path)
+    flush_directory(path.parent)
+
+
+def point_at(path: Path) -> None:
+    """Moves the pointer for readers outside."""
     with whole_file(path.with_name(LATEST)) as pointer:
         pointer.write(path.name.encode())
-    return path
+    flush_directory(path.parent)
 
 
 def prune(run_directory: Path, settings: Settings) -> None:
@@ -108,9 +123,10 @@ def prune(run_directory: Path, settings: Settings) -> None:
 
 
 def _validation_loss(path: Path) -> float | None:
+    """OSError where it cannot be read now: then nothing is to be removed."""
     try:
         loss: Any = read_manifest(path).get("validation_loss")
-    except (DamagedCheckpoint, OSError):
+    except DamagedCheckpoint:
         return None
     return float(loss) if isinstance(loss, int | float) else None
 

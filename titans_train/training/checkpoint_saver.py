@@ -11,6 +11,7 @@ A save that fails on any rank is dropped on all, with a line; the checkpoints be
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -26,10 +27,11 @@ from titans_train.errors import UserError
 from titans_train.models.state import ModelState
 from titans_train.parallel import Engine, Mesh, agree, gather
 from titans_train.parallel.pieces import Piece
-from titans_train.parallel.split import split_of
+from titans_train.parallel.split import Split
 from titans_train.plan import Plan
 from titans_train.training import checkpoint_folder
 from titans_train.training.carried import CarriedStates
+from titans_train.training.checkpoint import Checkpoint
 from titans_train.training.checkpoint_writer import Background, Copies, random_state, take_parts, write_part
 from titans_train.training.manifest import FORMAT, write_manifest
 from titans_train.training.progress import Progress
@@ -66,7 +68,7 @@ class Saver:
 
         Where there is no room or the folder cannot be written to, a line says so and training goes on.
         """
-        self._settle()
+        self.settle()
         self._started = time.perf_counter()
         self._step = progress.step
         make = partial(checkpoint_folder.begin, self.plan.run_directory, progress.step, self.plan.checkpoint_bytes)
@@ -81,7 +83,7 @@ class Saver:
         self._folder = folder
         self._work = Background(partial(self._write, folder, pieces, carried, manifest))
         if not self.plan.config.checkpoint.asynchronous:
-            self._settle()
+            self.settle()
         self.blocked_seconds = time.perf_counter() - self._started
 
     def wishes(self) -> dict[str, float]:
@@ -92,11 +94,11 @@ class Saver:
     def follow(self, decision: dict[str, float]) -> None:
         """Learns what has become of the save under way."""
         if self._folder is not None and (decision["unsaved"] or not decision["saving"]):
-            self._settle()
+            self.settle()
 
     def finish(self) -> None:
         """Waits for the save under way. UserError, on all ranks, if the last one that was begun has failed."""
-        self._settle()
+        self.settle()
         if self.saved_step != self._step and self._step:
             raise UserError(
                 f"the checkpoint of step {self._step} could not be written (see above); the newest one in "
@@ -107,7 +109,7 @@ class Saver:
     def leave(self, together: bool) -> None:
         """Training ends with an error: what is being written is published if it can be. together: on all ranks."""
         if together:
-            self._settle()
+            self.settle()
         elif self._work is not None:
             self._work.wait(LAST_SECONDS)
 
@@ -126,16 +128,19 @@ class Saver:
         if not self.mesh.is_first:
             return None
         write_manifest(folder, manifest | take_parts(folder, self.mesh.world_size, stop))
+        Checkpoint.open(folder, verify=False)  # what is published can be read
         flush_folder(folder)
         checkpoint_folder.publish(folder)
         self.seconds = time.perf_counter() - self._started
+        run = self.plan.run_directory
         try:
-            checkpoint_folder.prune(self.plan.run_directory, self.plan.config.checkpoint)
+            checkpoint_folder.point_at(checkpoint_folder.checkpoint_path(run, manifest["step"]))
+            checkpoint_folder.prune(run, self.plan.config.checkpoint)
         except OSError as error:
-            return f"old checkpoints could not be removed: {error}"
+            return f"the pointer could not be moved, or old checkpoints not removed: {error}"
         return None
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Waits until every rank's thread has ended, and says what has become of the save. Collective."""
         if self._folder is None or self._work is None:
             return
@@ -163,23 +168,18 @@ class Saver:
         return {
             "format": FORMAT, "step": progress.step, "optimizer_step": self.engine.optimizer_step(),
             "tokens": progress.sequences * plan.config.training.sequence_length,
-            "validation_loss": validation_loss, "skipped": list(progress.skipped),
+            "validation_loss": validation_loss if validation_loss and math.isfinite(validation_loss) else None,
+            "skipped": list(progress.skipped),
             "shape": plan.shape.to_dict(), "config": plan.config.model_dump(mode="json"),
             "layout": {"tensor": self.mesh.tensor, "sequence": self.mesh.sequence, "data": self.mesh.data,
                        "zero_stage": self.engine.stage},
             "data": record(progress.cursor, self.data.weights, self.data.fingerprints), "random": random_state(),
             "tokenizer": self.data.tokenizer,
-            "tensors": self._tensors(),
+            "tensors": {name: _cut(shape, split) for name, (shape, split) in self.engine.pieces.wholes().items()},
         }  # fmt: skip
 
-    def _tensors(self) -> dict[str, Any]:
-        """Whole shapes, and how tensor ranks cut them."""
-        found = {}
-        parameters = self.engine.pieces.parameters
-        for name, share in self.engine.pieces.share_shapes():
-            split, shape = split_of(parameters[name]), list(share)
-            if split is not None:
-                shape[split.dim] *= split.parts
-            dim, sections = (None, ()) if split is None else (split.dim, split.sections)
-            found[name] = {"shape": shape, "dim": dim, "sections": list(sections)}
-        return found
+
+def _cut(shape: tuple[int, ...], split: Split | None) -> dict[str, Any]:
+    """How the manifest says which whole a parameter is, and how tensor ranks cut it."""
+    dim, sections = (None, ()) if split is None else (split.dim, split.sections)
+    return {"shape": list(shape), "dim": dim, "sections": list(sections)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -89,6 +88,8 @@ def train(plan: Plan, stop_after: int | None = None) -> dict[str, Any]:
 def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str, Any]:
     """`train` within a group that is there already."""
     if number := asked_to_stop():
+        if mesh.is_first:
+            print(signals.stopped(number, 0, 0, 0), flush=True)
         raise signals.Requeue(number, 0)
     agree(lambda: run_folder.check(plan), mesh, first_only=True)
     agree(lambda: check_disk(plan.run_directory, plan.checkpoint_bytes), mesh, first_only=True)
@@ -140,7 +141,6 @@ class Run:
         self.nonfinite = NonFinite(plan.run_directory, self.config.training.skip_nonfinite, mesh)
         self.saver = Saver(engine, plan, data, mesh, carried, self.reports.say, progress.step)
         self.first_step = progress.step
-        self.begun_step = progress.step  # of the last save, successful or not
         self.validated: tuple[int, float] | None = None  # (step, loss)
 
     @property
@@ -181,10 +181,16 @@ class Run:
             decision = decide({"stop": signals.received(), **self.saver.wishes()})
             self.saver.follow(decision)
             stopping = int(decision["stop"])
-        if self.begun_step < self.progress.step:
-            self._save()
         self._beat("saving", PATIENCE)
-        self.saver.finish()
+        self.saver.settle()
+        if self.saver.saved_step < self.progress.step:  # not begun; or it failed, and what was in the way may be gone
+            self._save()
+        try:
+            self.saver.finish()
+        except UserError as error:
+            if not stopping:
+                raise
+            self.reports.say(str(error))  # a new start goes on from the one before
         return stopping
 
     def _beat(self, phase: str = "training", patience: int = 1) -> None:
@@ -200,10 +206,7 @@ class Run:
 
     def _leave(self, number: int) -> None:
         step = self.progress.step
-        self.reports.say(
-            f"{signal.Signals(number).name}: stopped after step {step}, which is saved; exit status {signals.REQUEUE}: "
-            "the same command goes on from there"
-        )
+        self.reports.say(signals.stopped(number, self.first_step, step, self.saver.saved_step))
         self._beat("stopped by a signal")
         raise signals.Requeue(number, step)
 
@@ -309,7 +312,6 @@ class Run:
         loss = self.validated[1] if self.validated is not None and self.validated[0] == step else None
         self.saver.save(self.progress, loss)
         self.reports.write(step, {"checkpoint_blocked_seconds": self.saver.blocked_seconds})
-        self.begun_step = step
         self._back_to_training()
 
     def _back_to_training(self) -> None:
@@ -317,10 +319,11 @@ class Run:
         self.reports.new_window()
 
     def _finish(self) -> dict[str, Any]:
-        """Final validation, picture and summary."""
+        """Final validation, picture and summary, unless they are there."""
         folder = self.plan.run_directory
         lines = read_metrics(folder / "metrics.jsonl")
-        if self.first_step == self.progress.step and (folder / "summary.json").exists():
+        summarised = agree(lambda: run_folder.summarised_steps(self.plan), self.mesh, first_only=True)
+        if self.first_step == self.progress.step == summarised:
             self.reports.say(f"{self.config.run.name} is finished; nothing to do. Results are in {folder}")
             return {}
         figures: dict[str, Any] = dict(self._validate())
@@ -335,8 +338,11 @@ class Run:
             figures["tokens_per_second"] = self.reports.trained_tokens / self.reports.trained_seconds
         figures["peak_memory_bytes"] = peak_memory_bytes()
         if self.mesh.is_first:
-            plot_loss(read_metrics(folder / "metrics.jsonl"), folder / "loss.png", self.config.run.name)
-            run_folder.write_summary(self.plan, figures)
+            try:
+                plot_loss(read_metrics(folder / "metrics.jsonl"), folder / "loss.png", self.config.run.name)
+            except OSError as error:
+                self.reports.say(f"{folder / 'loss.png'} could not be written ({error.strerror or error})")
+        agree(lambda: run_folder.write_summary(self.plan, figures), self.mesh, first_only=True)
         self.reports.say(f"finished; results are in {folder}")
         self._beat("finished")
         return figures

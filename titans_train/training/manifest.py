@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_prep.durable import whole_file
 from titans_train.errors import UserError
@@ -21,7 +22,7 @@ MANIFEST = "manifest.json"
 LARGEST = 1 << 30  # bytes
 FORMAT = 2
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class DamagedCheckpoint(UserError):
@@ -44,9 +45,17 @@ class _File(_Entry):
 
 
 class _Data(_Entry):
-    batch_sizes: list[tuple[Count, Annotated[int, Field(ge=1, lt=2**63)]]] = Field(min_length=1)
+    batch_sizes: list[tuple[Count, Annotated[int, Field(ge=1, lt=2**63)]]] = Field(min_length=1)  # of step 0, …
     weights: list[tuple[Count, dict[str, float]]]
     fingerprints: dict[str, str]
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _in_order(cls, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        steps = [step for step, _ in sizes]
+        if steps[0] != 0 or steps != sorted(set(steps)):
+            raise ValueError("their steps do not begin at 0 and rise")
+        return sizes
 
 
 class _Tokenizer(_Entry):
@@ -85,7 +94,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     with whole_file(folder / MANIFEST) as stream:
-        stream.write(json.dumps({**manifest, "sha256": _digest(manifest)}, sort_keys=True).encode())
+        stream.write(json.dumps({**manifest, "sha256": _digest(manifest)}, sort_keys=True, allow_nan=False).encode())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -97,7 +106,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         content = read_bounded(path / MANIFEST, LARGEST)
         manifest = parse_json(content)
         _Manifest.model_validate_json(content)
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise DamagedCheckpoint(f"{path} is not a complete checkpoint: it has no {MANIFEST}") from error
     except ValidationError as error:
         first = error.errors()[0]
@@ -111,16 +120,27 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest  # type: ignore[no-any-return]
 
 
-def check_files(path: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -> None:
-    """DamagedCheckpoint unless these files of a checkpoint have the sizes and hashes that its manifest states."""
-    for name in names:
-        file, expected = path / name, files[name]
+def check_sizes(path: Path, files: dict[str, dict[str, Any]]) -> None:
+    """DamagedCheckpoint unless a checkpoint's files are files, of the sizes that its manifest states."""
+    for name, expected in files.items():
         try:
-            size = file.stat().st_size
-            if size != expected["bytes"]:
-                raise DamagedCheckpoint(f"{file} is damaged: {size:,} bytes, expected {expected['bytes']:,}")
-            found = sha256_of(file)
+            found = (path / name).stat()
         except FileNotFoundError as error:
-            raise DamagedCheckpoint(f"{file} is missing") from error
-        if found != expected["sha256"]:
-            raise DamagedCheckpoint(f"{file} is damaged: sha256 {found[:16]}, expected {expected['sha256'][:16]}")
+            raise DamagedCheckpoint(f"{path / name} is missing") from error
+        if not stat.S_ISREG(found.st_mode):
+            raise DamagedCheckpoint(f"{path / name} is not a file")
+        if found.st_size != expected["bytes"]:
+            sizes = f"{found.st_size:,} bytes, expected {expected['bytes']:,}"
+            raise DamagedCheckpoint(f"{path / name} is damaged: {sizes}")
+
+
+def check_hashes(path: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -> None:
+    """DamagedCheckpoint unless these files of a checkpoint have the hashes that its manifest states."""
+    for name in names:
+        expected = files[name]["sha256"]
+        try:
+            found = sha256_of(path / name)
+        except FileNotFoundError as error:
+            raise DamagedCheckpoint(f"{path / name} is missing") from error
+        if found != expected:
+            raise DamagedCheckpoint(f"{path / name} is damaged: sha256 {found[:16]}, expected {expected[:16]}")

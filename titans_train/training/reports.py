@@ -16,6 +16,8 @@ from titans_train.monitoring.throughput import measured_peak_flops, peak_memory_
 from titans_train.parallel import Mesh, gather, mean_over_ranks
 from titans_train.plan import Plan
 
+LATE = 0.05  # seconds per step that a rank must be behind the others to be named: of short steps, all is noise
+
 
 @dataclass
 class Window:
@@ -34,12 +36,15 @@ class Reports:
     def __init__(self, plan: Plan, mesh: Mesh, first_step: int) -> None:
         watch = plan.config.monitoring
         self.plan, self.mesh, self.first_step = plan, mesh, first_step
-        self.metrics = Metrics(plan.run_directory, first_step, watch.tensorboard) if mesh.is_first else None
         self.console = Console(mesh.is_first, first_step, plan.config.training.steps)
+        self.metrics: Metrics | None = None
+        if mesh.is_first:
+            self.metrics = Metrics(plan.run_directory, first_step, watch.tensorboard, self.say)
         self.peak_flops = watch.peak_flops or measured_peak_flops()
         self.hosts = gather(socket.gethostname())
         self.trained_seconds, self.trained_tokens = 0.0, 0
         self.window = Window(time.perf_counter())
+        self.late_rank: int | None = None  # in the last logged window
 
     def close(self) -> None:
         if self.metrics is not None:
@@ -89,9 +94,11 @@ class Reports:
         figures |= layer_figures(records, self.mesh)
         self.write(step, figures)
         self.console.progress(step, loss, norm, rate, speed)
-        started = self.first_step + 1  # this step warms up
-        if slow and step > started and slow["slowest_rank_ratio"] > self.plan.config.monitoring.straggler_ratio:
-            self._name(step, slow, times)
+        if step > self.first_step + 1:  # which warms up
+            late = late_rank(times, window.steps, self.plan.config.monitoring.straggler_ratio)
+            if late is not None and late == self.late_rank:
+                self._name(step, slow, times)
+            self.late_rank = late
         self.new_window()
 
     def _name(self, step: int, slow: dict[str, float], times: list[tuple[float, float]]) -> None:
@@ -101,6 +108,17 @@ class Reports:
             f"step {step}: rank {rank} ({self.hosts[rank]}) is slow: {own:.3f} s per step of its own, "
             f"{slow['slowest_rank_ratio']:.2f} times the median, of it {waited:.3f} s waiting for data"
         )
+
+
+def late_rank(times: list[tuple[float, float]], steps: int, ratio: float) -> int | None:
+    """The slowest rank, if its own time is more than `ratio` medians and LATE seconds per step behind the median."""
+    slow = slowest(times)
+    if not slow or slow["slowest_rank_ratio"] <= ratio:
+        return None
+    rank = int(slow["slowest_rank"])
+    own = times[rank][0]
+    behind = own - own / slow["slowest_rank_ratio"]
+    return rank if behind > LATE * steps else None
 
 
 def slowest(times: list[tuple[float, float]]) -> dict[str, float]:

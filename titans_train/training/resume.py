@@ -17,7 +17,7 @@ from titans_train.training.carried import CarriedStates
 from titans_train.training.checkpoint import Checkpoint
 from titans_train.training.checkpoint_folder import candidates, has_set_aside, set_aside
 from titans_train.training.checkpoint_writer import set_random_state
-from titans_train.training.manifest import DamagedCheckpoint, check_files
+from titans_train.training.manifest import DamagedCheckpoint, check_hashes
 from titans_train.training.progress import Progress
 
 
@@ -36,10 +36,19 @@ def resume(
     agree(lambda: _check(found, plan, engine, data), mesh)
     engine.restore(found.read, int(manifest["optimizer_step"]))
     if carried is not None:
-        carried.load(found.path, found.carried)
+        agree(lambda: _take_carried(carried, found), mesh)
     agree(lambda: set_random_state(manifest["random"]), mesh)
     cursor = read_cursor(manifest["data"]).going_on(found.step, plan.config.training.global_batch_size)
     return Progress(found.step, cursor, tuple(manifest["skipped"]))
+
+
+def _take_carried(carried: CarriedStates, found: Checkpoint) -> None:
+    if not found.carried and found.step > len(found.manifest["skipped"]):
+        raise UserError(f"{found.path} has none of the states that rows carry; was it saved without carry_state?")
+    try:
+        carried.load(found.path, found.carried)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def newest(run_directory: Path, mesh: Mesh) -> Checkpoint | None:
@@ -65,7 +74,7 @@ def _examined(path: Path, mesh: Mesh) -> tuple[Checkpoint | None, str | None]:
         found = Checkpoint.open(path, verify=False)
         if path.name != f"step-{found.step:08d}":
             raise DamagedCheckpoint(f"{path} holds step {found.step}: it is not where it was written")
-        check_files(path, found.files, sorted(found.files)[mesh.rank :: mesh.world_size])
+        check_hashes(path, found.files, sorted(found.files)[mesh.rank :: mesh.world_size])
         return found, None
     except DamagedCheckpoint as error:
         return None, str(error)
@@ -84,8 +93,10 @@ def _check(found: Checkpoint, plan: Plan, engine: Engine, data: TokenDataset | R
     if theirs != ours:
         differing = [f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]
         raise UserError(f"{found.path} is of another model ({'; '.join(differing)}); choose another run.name")
-    parameters = set(engine.pieces.parameters)
-    if parameters != set(found.names()):
-        names = sorted(parameters ^ set(found.names()))
-        raise UserError(f"{found.path} has other parameters than this version's model: {', '.join(names[:4])}")
+    wanted = {name: shape for name, (shape, _) in engine.pieces.wholes().items()}
+    stored = {name: found.shape_of(name) for name in found.names()}
+    if wanted != stored:
+        names = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
+        first = f"{names[0]} {stored.get(names[0])} there, {wanted.get(names[0])} here"
+        raise UserError(f"{found.path} has other parameters than this version's model, such as {first}")
     check_goes_on(found.manifest["data"], data.weights, data.fingerprints, found.step, str(found.path))

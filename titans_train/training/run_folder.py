@@ -15,7 +15,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from titans_train.config import RunConfig, dump_config
+from data_prep.durable import TEMPORARY, whole_file
+from titans_train.config import RunConfig, dump_config, load_config
 from titans_train.errors import UserError
 from titans_train.plan import Plan
 from titans_train.untrusted import parse_json, read_bounded
@@ -30,10 +31,12 @@ FREE = {
 }  # fmt: skip
 
 
-LOCK, HALF = ".lock", ".half"
-LARGEST_RECORD = 1 << 24  # bytes of plan.json
+LOCK = ".lock"
+LARGEST_RECORD = 1 << 24  # bytes of plan.json and summary.json
 # There before a run is: reading alone fills the cache, and a start may end early.
-BESIDE = {"cache", LOCK, f"plan.json{HALF}", "stacks", "libraries.log"}
+BESIDE = {"cache", LOCK, "stacks", "libraries.log"}
+WRITTEN = ("plan.json", "config.yaml", "plan.txt", "metrics.jsonl", "loss.png", "summary.json")  # whole, or not at all
+OURS = ("plan.json", "config.yaml", "checkpoints")  # any of them: it is a run's folder
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -58,9 +61,9 @@ def differences(old: dict[str, Any], config: RunConfig) -> list[str]:
 
 def check(plan: Plan) -> None:
     """Refuses a folder of another run. Changes nothing."""
-    folder, record = plan.run_directory, plan.run_directory / "plan.json"
-    if record.exists():
-        theirs = _recorded(record)
+    folder = plan.run_directory
+    if any((folder / name).exists() for name in OURS):
+        theirs = _recorded(folder)
         differing = differences(theirs, plan.config)
         had, has = theirs["training"]["global_batch_size"], plan.config.training.global_batch_size
         if had != has and plan.config.training.carry_state:
@@ -70,17 +73,33 @@ def check(plan: Plan) -> None:
                 f"{folder} holds a run with other settings:\n  - " + "\n  - ".join(differing)
                 + "\nchoose another run.name, or set these back; nothing was changed"
             )  # fmt: skip
-    elif folder.exists() and any(path.name not in BESIDE for path in folder.iterdir()):
+    elif folder.exists() and not all(path.name in BESIDE or _is_rest(path) for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and not a run (no plan.json); choose another run.name or run.folder")
 
 
-def _recorded(path: Path) -> dict[str, Any]:
+def _is_rest(path: Path) -> bool:
+    """Of a start that was killed while it wrote."""
+    return path.name.endswith(TEMPORARY) and path.name.startswith(WRITTEN)
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """The settings of the run that is there, from plan.json or, where that is lost, from config.yaml."""
+    plan, copy = folder / "plan.json", folder / "config.yaml"
     try:
-        config: dict[str, Any] = parse_json(read_bounded(path, LARGEST_RECORD))["config"]
+        config: dict[str, Any] = parse_json(read_bounded(plan, LARGEST_RECORD))["config"]
+        int(config["training"]["global_batch_size"])
         return config
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        damage = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+    try:
+        read_bounded(copy, LARGEST_RECORD)  # no pipe
+        return load_config(copy).model_dump(mode="json")
+    except (OSError, UserError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         raise UserError(
-            f"{path} is damaged ({error}); remove it if {path.parent / 'config.yaml'} is the run's: it is written anew"
+            f"{folder} holds a run, but {plan.name} {damage} and {copy.name} {reason}, so nothing says with which "
+            f"settings; put the run's config there as {copy} (every checkpoint's manifest.json has it, as config), or "
+            "choose another run.name; nothing was changed"
         ) from error
 
 
@@ -104,17 +123,38 @@ def write(plan: Plan) -> None:
         "config.yaml": dump_config(plan.config),
         "plan.txt": plan.describe() + "\n",
     }
+    for rest in filter(_is_rest, folder.iterdir()):
+        rest.unlink(missing_ok=True)
     for name, text in texts.items():
-        temporary = folder / f"{name}{HALF}"
-        temporary.write_text(text, "utf-8")
-        temporary.rename(folder / name)
+        _write(folder / name, text)
+
+
+def _write(path: Path, text: str) -> None:
+    with whole_file(path) as stream:
+        stream.write(text.encode("utf-8"))
+
+
+def summarised_steps(plan: Plan) -> int | None:
+    """The steps that summary.json is about; None where there is none that can be read."""
+    try:
+        steps = parse_json(read_bounded(plan.run_directory / "summary.json", LARGEST_RECORD))["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return steps if isinstance(steps, int) else None
 
 
 def write_summary(plan: Plan, figures: dict[str, Any]) -> None:
+    """UserError: the disk is full, and the like; a summary that was there is untouched."""
     versions = {name: version(name) for name in ("torch", "deepspeed", "mosaicml-streaming")}
     summary = {
         "run": plan.config.run.name, "block": plan.shape.block, "parameters": plan.parameter_count,
         "processes": plan.world_size, "machine": platform.machine(), "versions": versions, **figures,
     }  # fmt: skip
     path = plan.run_directory / "summary.json"
-    path.write_text(json.dumps(summary, indent=1) + "\n")
+    try:
+        _write(path, json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}). All steps are trained and saved: free space, and "
+            "the same command makes the summary anew"
+        ) from error

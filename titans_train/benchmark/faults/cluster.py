@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from titans_train.benchmark.faults.job import LIMIT_SECONDS, ROOT, last_step
 from titans_train.benchmark.faults.lab import Lab, Unavailable
-from titans_train.benchmark.faults.run import EVERY, Contents, Reference, contents, figures
+from titans_train.benchmark.faults.run import EVERY, STEPS, Contents, Reference, contents, figures
 from titans_train.benchmark.faults.trial import Trial
 
 _FILE = ROOT / "tests" / "slurm" / "cluster.py"
@@ -28,7 +29,7 @@ _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
 def _slurm(lab: Lab) -> Iterator[Any]:
     """A cluster of three nodes. Unavailable: there is no SLURM here, or not the project's tests."""
     if not _FILE.exists():
-        raise Unavailable("the tests of the project, which bring a SLURM up, are not here")
+        raise RuntimeError("the tests of the project, which bring a SLURM up, are not here; run it in a checkout")
     found = importlib.util.spec_from_file_location("slurm_cluster", _FILE)
     assert found is not None and found.loader is not None
     module = importlib.util.module_from_spec(found)
@@ -44,8 +45,8 @@ def _slurm(lab: Lab) -> Iterator[Any]:
 class Submitted:
     """A training on two nodes, a rank on each."""
 
-    def __init__(self, lab: Lab, cluster: Any) -> None:
-        self.cluster, self.trial = cluster, lab.new_run("slurm", _LAYOUT)
+    def __init__(self, lab: Lab, cluster: Any, *settings: str) -> None:
+        self.cluster, self.trial = cluster, lab.new_run("slurm", _LAYOUT, *settings)
         self.folder = lab.folder / f"submitted-{self.trial.name}"
         self.folder.mkdir()
         layout = ["--nodes", "2", "--cpu", "--ranks-per-node", "1", "--cpus", "2", "--no-preflight"]
@@ -79,7 +80,7 @@ class Submitted:
     def output(self) -> str:
         return "\n".join(path.read_text(errors="replace") for path in self.folder.glob("*.out"))
 
-    def outcome(self, case: str, since: float, reference: Reference) -> Trial:
+    def outcome(self, case: str, since: float, reference: Reference, lost_at_most: int | None = None) -> Trial:
         job = self.cluster.wait_job(self.number, timeout=2 * LIMIT_SECONDS)
         wrong = []
         if job["JobState"] != "COMPLETED" or job["Restarts"] == "0":
@@ -90,6 +91,10 @@ class Submitted:
         logs = sorted(self.folder.glob("logs/*/r[1-9]*-rank-0.log"))
         starts = [int(n) - 1 for log in logs for n in re.findall(r"^step (\d+)/", log.read_text(), re.MULTILINE)[:1]]
         lost = max(self.before - starts[0], 0) if starts else None
+        if lost is None:
+            wrong.append("trained nothing after its restart")
+        elif lost_at_most is not None and lost > lost_at_most:
+            wrong.append(f"{lost} steps lost, not {lost_at_most}")
         partial = int(
             bool(starts) and starts[0] > 0 and self.whole.get(starts[0]) != reference.checkpoints.get(starts[0])
         )
@@ -101,27 +106,38 @@ def lost_node(lab: Lab) -> Iterator[Trial]:
     reference = lab.reference(_LAYOUT)
     with _slurm(lab) as cluster:
         for turn, node in enumerate(["node2"] if lab.quick else ["node2", "node1"]):
-            training = Submitted(lab, cluster)
-            training.wait_step(EVERY + 1 + turn)
-            since = time.monotonic()
-            cluster.crash_node(node)
-            training.wait_again()
             first = "with the batch script" if node == "node1" else "the second"
             case = f"{_LAYOUT}: {node} of two, {first}"
-            yield training.outcome(case, since, reference)
+            yield lab.attempt(case, partial(_lose, lab, cluster, case, node, EVERY + 1 + turn, reference))
             cluster.start_node(node)
             cluster.wait_nodes()
 
 
+def _lose(lab: Lab, cluster: Any, case: str, node: str, step: int, reference: Reference) -> Trial:
+    training = Submitted(lab, cluster)
+    training.wait_step(step)
+    since = time.monotonic()
+    cluster.crash_node(node)
+    training.wait_again()
+    return training.outcome(case, since, reference)
+
+
 def preempted(lab: Lab) -> Iterator[Trial]:
-    """A job of a higher partition takes all nodes; when it has ended, the training goes on."""
+    """A job of a higher partition takes all nodes; when it has ended, the training goes on.
+
+    There is no checkpoint but the one that SLURM's notice asks for, so a run that does not heed it loses all.
+    """
     reference = lab.reference(_LAYOUT)
     with _slurm(lab) as cluster:
-        training = Submitted(lab, cluster)
-        training.wait_step(EVERY + 1)
-        since = time.monotonic()
-        urgent = ["--partition=high", "--nodes=3", "--cpus-per-task=4", "--output=/dev/null", "--wrap=sleep 1"]
-        cluster.sbatch(*urgent)
-        training.wait_again()
-        case = f"{_LAYOUT}: by a partition of higher priority"
-        yield training.outcome(case, since, reference)
+        case = f"{_LAYOUT}: by a partition of higher priority; nothing else saves"
+        yield lab.attempt(case, partial(_give_way, lab, cluster, case, reference))
+
+
+def _give_way(lab: Lab, cluster: Any, case: str, reference: Reference) -> Trial:
+    training = Submitted(lab, cluster, f"checkpoint.every={100 * STEPS}")
+    training.wait_step(EVERY + 1)
+    since = time.monotonic()
+    urgent = ["--partition=high", "--nodes=3", "--cpus-per-task=4", "--output=/dev/null", "--wrap=sleep 1"]
+    cluster.sbatch(*urgent)
+    training.wait_again()
+    return training.outcome(case, since, reference, lost_at_most=0)

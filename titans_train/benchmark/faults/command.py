@@ -8,10 +8,10 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from pathlib import Path
 import titans_train.benchmark.faults as faults
 from titans_train.benchmark.faults.lab import Lab, Unavailable
 from titans_train.benchmark.faults.trial import Row, Trial, table
+from titans_train.errors import UserError
 
 # name: (the module beside this one and its function, the row's text)
 FAULTS = {
@@ -36,7 +37,7 @@ FAULTS = {
     "preempted": ("cluster.preempted", "a preempted SLURM job"),
     "preparation": ("preparation.preparation", "data preparation, killed"),
     "two": ("two_jobs.two_jobs", "two jobs in one run folder"),
-    "long": ("long_run.long_run", "10,000 tiny steps: growth of memory, files, threads, shared memory"),
+    "long": ("long_run.long_run", "{steps:,} tiny steps: growth of memory, files, threads, shared memory"),
 }
 
 
@@ -49,7 +50,7 @@ def trials_of(name: str, lab: Lab) -> Iterator[Trial]:
 
 
 def run_row(name: str, lab: Lab) -> Row:
-    row, begun = Row(name, FAULTS[name][1]), time.monotonic()
+    row, begun = Row(name, FAULTS[name][1].format(steps=lab.tiny_steps)), time.monotonic()
     try:
         for trial in trials_of(name, lab):
             row.trials.append(trial)
@@ -58,11 +59,15 @@ def run_row(name: str, lab: Lab) -> Row:
             lost = "" if trial.steps_lost is None else f", {trial.steps_lost} steps lost"
             print(f"{name}: {trial.case}: {verdict}{lost}{found}", file=sys.stderr, flush=True)
     except Unavailable as error:
-        row.absent = str(error)
-        print(f"{name}: not tried: {error}", file=sys.stderr, flush=True)
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # what the row's trials need could not be made
-        row.trials.append(Trial("before the fault", False, note=str(error)))
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        row.absent, row.excused = f"not possible on this machine: {error}", True
+    except Exception as error:  # what the row's trials need could not be made; the table goes on
+        told = f"{error}" if isinstance(error, RuntimeError) else traceback.format_exc()
+        row.trials.append(Trial("before the fault", False, note=told))
+        print(f"{name}: {told}", file=sys.stderr, flush=True)
+    if not row.trials and not row.absent:
+        row.absent = "there was nothing to strike at"
+    if row.absent:
+        print(f"{name}: not tried: {row.absent}", file=sys.stderr, flush=True)
     row.seconds = time.monotonic() - begun
     return row
 
@@ -75,7 +80,10 @@ def keep(path: Path, rows: list[Row], command: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 1 if a trial was not survived."""
+    """Exit status: 1 if a trial was not survived, or a row not tried though this machine could.
+
+    UserError: a number of seeds below 1, a folder that is in use.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m titans_train benchmark faults",
         description=faults.__doc__,
@@ -87,6 +95,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="file for all trials, written after each row")
     parser.add_argument("--folder", type=Path, help="keep runs and consoles here (default: a temporary folder)")
     options = parser.parse_args(argv)
+    if options.seeds is not None and options.seeds < 1:
+        raise UserError(f"--seeds {options.seeds}: at least 1 random kill is tried; give 1 or more")
+    if options.folder is not None:
+        _check_empty(options.folder)
     rows: list[Row] = []
     command = shlex.join(["python", "-m", "titans_train", "benchmark", "faults", *argv])
     with tempfile.TemporaryDirectory() as temporary:
@@ -97,4 +109,10 @@ def main(argv: list[str]) -> int:
             if options.json:
                 keep(options.json, rows, command)
     print(table(rows))
-    return 0 if all(row.survived == len(row.trials) for row in rows) else 1
+    return 0 if all(row.kept for row in rows) else 1
+
+
+def _check_empty(folder: Path) -> None:
+    """Files of an earlier table would be taken for this one's."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--folder {folder} is there and is not an empty folder; give another, or remove it")

@@ -18,6 +18,15 @@ def flip(path: Path, place: float = 0.5) -> None:
         file.write(bytes([byte[0] ^ 1]))
 
 
+def flip_all(path: Path, start: float = 0.1) -> None:
+    """One bit of every byte from this part of the file on: no reader of its later samples can miss it."""
+    content = bytearray(path.read_bytes())
+    first = int(len(content) * start)
+    content[first:] = bytes(byte ^ 1 for byte in content[first:])
+    with path.open("r+b") as file:
+        file.write(content)
+
+
 def flip_head(path: Path) -> None:
     flip(path, 0.02)
 
@@ -42,9 +51,11 @@ def swap(path: Path, other: Path) -> None:
     other.write_bytes(a)
 
 
+EVERY_BYTE = "a bit of every byte after its head flipped"
 ALONE: dict[str, Callable[[Path], None]] = {
     "a bit of its middle flipped": flip,
     "a bit of its head flipped": flip_head,
+    EVERY_BYTE: flip_all,
     "cut to half": cut,
     "emptied": empty,
     "lost": lose,

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from titans_train.benchmark.faults.lab import Lab, Unavailable
@@ -77,32 +78,35 @@ def mounted(place: Path, names: int = 4096) -> Iterator[Disk]:
 
 def disks(lab: Lab) -> Iterator[Trial]:
     """Before the third save of a run; put right as soon as it is named, or when the job has ended."""
-    yield _trial(lab, "the disk of checkpoints is full until that is named", Disk.fill, Disk.free, at_once=True)
-    if lab.quick:
-        return
-    yield _trial(lab, "the disk of checkpoints is full until the run ends", Disk.fill, Disk.free)
-    yield _trial(lab, "the disk of checkpoints is read-only until that is named", Disk.forbid, Disk.allow, at_once=True)
-    yield _trial(lab, "the disk of checkpoints is read-only until the run ends", Disk.forbid, Disk.allow)
+    spoils: list[tuple[str, Callable[[Disk], None], Callable[[Disk], None], bool]] = [
+        ("is full until that is named", Disk.fill, Disk.free, True),
+        ("is full until the run ends", Disk.fill, Disk.free, False),
+        ("is read-only until that is named", Disk.forbid, Disk.allow, True),
+        ("is read-only until the run ends", Disk.forbid, Disk.allow, False),
+    ]
     for left in range(1, 5):
-        text = f"the disk of checkpoints has room for {left} more files and folders until the run ends"
-        yield _trial(lab, text, lambda disk, left=left: disk.fill_names(left), Disk.free)  # type: ignore[misc]
-    yield _trial(lab, "the disk is filled while the save is under way", _fill_in_the_middle, Disk.free)
-    yield _whole_run(lab)
+        text = f"has room for {left} more files and folders until the run ends"
+        spoils.append((text, partial(Disk.fill_names, left=left), Disk.free, False))
+    spoils.append(("is filled while the save is under way", _fill_in_the_middle, Disk.free, False))
+    for text, spoil, mend, at_once in spoils[: 1 if lab.quick else None]:
+        case = f"{FIRST}: the disk of checkpoints {text}"
+        yield lab.attempt(case, partial(_trial, lab, case, spoil, mend, at_once))
+    if not lab.quick:
+        case = f"{FIRST}: the disk of the whole run folder is full"
+        yield lab.attempt(case, partial(_whole_run, lab, case))
 
 
-def _trial(
-    lab: Lab, case: str, spoil: Callable[[Disk], None], mend: Callable[[Disk], None], at_once: bool = False
-) -> Trial:
+def _trial(lab: Lab, case: str, spoil: Callable[[Disk], None], mend: Callable[[Disk], None], at_once: bool) -> Trial:
     trial = lab.new_run("disk", FIRST, "data.workers=0", start=lab.base())
     with mounted(trial.folder / "checkpoints") as disk:
         return _spoiled(lab, trial, disk, case, spoil, mend, at_once)
 
 
-def _whole_run(lab: Lab) -> Trial:
+def _whole_run(lab: Lab, case: str) -> Trial:
     """Metrics and all else cannot be written either."""
     trial = lab.new_run("disk", FIRST, "data.workers=0", start=lab.base())
     with mounted(trial.folder) as disk:
-        return _spoiled(lab, trial, disk, "the disk of the whole run folder is full", Disk.fill, Disk.free, False)
+        return _spoiled(lab, trial, disk, case, Disk.fill, Disk.free, False)
 
 
 def _spoiled(
@@ -125,7 +129,7 @@ def _spoiled(
     else:
         job.wait_end()
         mend(disk)
-    return lab.outcome(trial, f"{FIRST}: {case}", since, seconds=seconds, found=_NAMED)
+    return lab.outcome(trial, case, since, seconds=seconds, found=_NAMED)
 
 
 def _fill_in_the_middle(disk: Disk) -> None:

@@ -41,7 +41,7 @@ class Job:
 
     def __init__(self, command: Sequence[str], console: Path, **environment: str) -> None:
         self.console, self._mark = console, uuid.uuid4().hex
-        self.started = time.monotonic()
+        self.started, self.stayed = time.monotonic(), False
         inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
         with console.open("ab") as out:
@@ -73,6 +73,13 @@ class Job:
         launched = (p for p in self.processes() if p.parent == self.process.pid and "RANK" in p.environment)
         return {int(p.environment["RANK"]): p.pid for p in launched}
 
+    def rank(self, number: int) -> int:
+        """Process id of one rank. RuntimeError: it is not there, so nothing can be done to it."""
+        ranks = self.ranks()
+        if number not in ranks:
+            raise RuntimeError(f"the fault was not injected: rank {number} was already gone: {self.complaint()}")
+        return ranks[number]
+
     def signal(self, number: int, *pids: int) -> float:
         """Sends it to all of `pids`; the time of it."""
         now = time.monotonic()
@@ -98,14 +105,14 @@ class Job:
         return self.wait_for(lambda: last_step(run) >= step)
 
     def wait_end(self, seconds: float = LIMIT_SECONDS) -> bool:
-        """Whether every process ended by itself; what did not is killed."""
+        """Whether every process ended by itself; what did not is killed, and the answer stays no."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None or self.processes():
             if time.monotonic() > deadline:
+                self.stayed = True
                 self.kill()
-                return False
             time.sleep(0.02)
-        return True
+        return not self.stayed
 
     def kill(self) -> None:
         """Ends all processes, as a power cut would."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from titans_train.benchmark.faults.lab import Lab, dice
-from titans_train.benchmark.faults.run import EVERY, FIRST, LAYOUTS, RANKS, STEPS, TrialRun
+from titans_train.benchmark.faults.run import EVERY, FIRST, LAYOUTS, RANKS, STEPS
 from titans_train.benchmark.faults.trial import Trial
 
 _SAVED = 3 * EVERY  # the third save: it removes the first checkpoint, too
@@ -22,19 +24,23 @@ def random_kills(lab: Lab) -> Iterator[Trial]:
     for seed in range(lab.seeds):
         chance, layout = dice("kill", seed), layouts[seed % len(layouts)]
         rank, step, pause = chance.randrange(RANKS), chance.randrange(STEPS - 1), chance.random() * _LONGEST_STEP
-        lab.reference(layout)
-        trial = lab.new_run("kill", layout)
-        job = lab.start(trial)
-        job.wait_for(lambda job=job: len(job.ranks()) == RANKS)  # type: ignore[misc]
-        if step:
-            job.wait_logged(trial.folder, step)
-        else:  # while it starts
+        if not step:  # while it starts
             pause *= 30
-        victims = [pid for number, pid in job.ranks().items() if number == rank]
-        time.sleep(pause)
-        since = job.signal(signal.SIGKILL, *victims)
         where = f"after step {step}" if step else "after its start"
-        yield lab.outcome(trial, f"{layout}: rank {rank}, {pause * 1000:.0f} ms {where}", since, statuses=[137])
+        case = f"{layout}: rank {rank}, {pause * 1000:.0f} ms {where}"
+        yield lab.attempt(case, partial(_kill, lab, layout, case, step, rank, pause))
+
+
+def _kill(lab: Lab, layout: str, case: str, step: int, rank: int, pause: float) -> Trial:
+    lab.reference(layout)
+    trial = lab.new_run("kill", layout)
+    job = lab.start(trial)
+    job.wait_for(lambda: len(job.ranks()) == RANKS)
+    if step:
+        job.wait_logged(trial.folder, step)
+    victim = job.rank(rank)
+    time.sleep(pause)
+    return lab.outcome(trial, case, job.signal(signal.SIGKILL, victim), statuses=[137])
 
 
 def spread(events: Sequence[Any], count: int) -> list[int]:
@@ -67,9 +73,8 @@ def saves(lab: Lab) -> Iterator[Trial]:
     for turn, (layout, rank, number) in enumerate(cases):
         events, everyone = of_the_save(lab, layout, rank), turn % 2 == 0
         die = {"after": f"{_SAVED:08d}", "rank": rank, "number": number, "all": everyone}
-        trial = lab.new_run("save", layout, "data.workers=0")
-        lab.start(trial, {"die": die})
-        yield _struck(lab, trial, f"{layout}: rank {rank}, {_described(events, number, everyone)}")
+        case = f"{layout}: rank {rank}, {_described(events, number, everyone)}"
+        yield lab.attempt(case, partial(_struck, lab, "save", layout, case, die, None))
 
 
 def loads(lab: Lab) -> Iterator[Trial]:
@@ -84,9 +89,9 @@ def loads(lab: Lab) -> Iterator[Trial]:
         cases = cases[len(cases) // 2 :][:1]
     for turn, (rank, number) in enumerate(cases):
         everyone = turn % 2 == 1
-        trial = lab.new_run("load", FIRST, "data.workers=0", start=lab.base())
-        lab.start(trial, {"die": {"rank": rank, "number": number, "all": everyone}})
-        yield _struck(lab, trial, f"{FIRST}: rank {rank}, {_described(reading[rank], number, everyone)}")
+        die = {"rank": rank, "number": number, "all": everyone}
+        case = f"{FIRST}: rank {rank}, {_described(reading[rank], number, everyone)}"
+        yield lab.attempt(case, partial(_struck, lab, "load", FIRST, case, die, lab.base()))
 
 
 def _described(events: Events, number: int, everyone: bool) -> str:
@@ -95,9 +100,10 @@ def _described(events: Events, number: int, everyone: bool) -> str:
     return f"{number + 1} of {len(events)}, before {event['event']} {event['path']}: {who}"
 
 
-def _struck(lab: Lab, trial: TrialRun, case: str) -> Trial:
+def _struck(lab: Lab, name: str, layout: str, case: str, die: dict[str, Any], start: Path | None) -> Trial:
     """The moment is when a rank or the launcher is first seen to be gone."""
-    job = trial.job
+    trial = lab.new_run(name, layout, "data.workers=0", start=start)
+    job = lab.start(trial, {"die": die})
     job.wait_for(lambda: len(job.ranks()) == RANKS)
     job.wait_for(lambda: len(job.ranks()) < RANKS)
     return lab.outcome(trial, case, time.monotonic(), statuses=[137])

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,9 +52,15 @@ class Lab:
         self.folder, self.quick, self.seeds = folder, quick, seeds
         self.runs, self.consoles = folder / "runs", folder / "consoles"
         self._made: dict[tuple[object, ...], Any] = {}
+        self._jobs: list[Job] = []
         self._count = 0
         self.runs.mkdir(parents=True, exist_ok=True)
         self.consoles.mkdir(exist_ok=True)
+
+    @property
+    def tiny_steps(self) -> int:
+        """Of the long run."""
+        return 1_000 if self.quick else 10_000
 
     # ---- what trials share, made when it is first needed
 
@@ -91,10 +98,9 @@ class Lab:
         return self.once(("reference", layout, settings, withhold), lambda: self._refer(layout, settings, withhold))
 
     def _refer(self, layout: str, settings: Sequence[str], withhold: int) -> Reference:
-        all_stay = (
-            [] if any(setting.startswith("checkpoint.keep=") for setting in settings) else ["checkpoint.keep=100"]
-        )
-        trial = self.new_run("reference", layout, *all_stay, *settings)
+        saves = ["checkpoint.every=1", "checkpoint.keep=100"]  # whatever step a trial goes on from
+        own = any(setting.startswith("checkpoint.") for setting in settings)
+        trial = self.new_run("reference", layout, *settings, *([] if own else saves))
         job = self.start(trial, {"withhold": {"step": withhold}} if withhold else {})
         if not job.wait_end() or job.status != 0:
             raise RuntimeError(f"the uninterrupted run of {layout} failed:\n{job.text()[-3000:]}")
@@ -128,6 +134,20 @@ class Lab:
             shutil.copytree(start, folder)
         return TrialRun(name, layout, folder, (*LAYOUTS[layout], f"run.name={name}", *settings))
 
+    def attempt(self, case: str, make: Callable[[], Trial]) -> Trial:
+        """A trial. One that breaks off is not survived, whatever the reason; its jobs are ended."""
+        first = len(self._jobs)
+        try:
+            return make()
+        except Unavailable:
+            raise
+        except Exception as error:  # a trial never takes the others with it
+            told = f"{error}" if isinstance(error, RuntimeError) else traceback.format_exc()
+            return Trial(case, False, note=told)
+        finally:
+            for job in self._jobs[first:]:
+                job.kill()
+
     def start(self, trial: TrialRun, watch: dict[str, Any] | None = None) -> Job:
         """The user's command; under `observed` where a fault needs a place in the program, or batches are compared."""
         name = f"{trial.name}-{len(trial.starts)}"
@@ -139,6 +159,7 @@ class Lab:
             wrapped = (*_OBSERVED, str(path))
         before, whole_ones = last_step(trial.folder), contents(trial.folder)
         job = Job(self.command(trial, wrapped), self.consoles / f"{name}.txt")
+        self._jobs.append(job)
         trial.starts.append(Start(job, before, whole_ones))
         return job
 
@@ -167,13 +188,14 @@ class Lab:
         reference: Reference | None = None,
         apart: Sequence[int] = (),
         broken: str = "",
+        lost_at_most: int | None = None,
     ) -> Trial:
         """What became of the run: waits for its job to end, then gives the same command until the run is finished.
 
         since: when the fault came, in monotonic seconds. seconds: to detect it; None: it is not. statuses: with which
         the job may end. found: words that it must say, a pattern. mend: what the user does before starting again.
         watch: compare what the model is given. apart: steps whose figures may differ. broken: a promise that was not
-        kept, if one was not.
+        kept, if one was not. lost_at_most: steps that may be trained a second time; None: as many as it takes.
         """
         job, wrong = trial.job, [broken] if broken else []
         if not job.wait_end():
@@ -195,6 +217,8 @@ class Lab:
         lost, partial = _repeated(trial, reference)
         if partial:
             wrong.append(f"{partial} checkpoints that it went on from were not whole")
+        if lost_at_most is not None and lost > lost_at_most:
+            wrong.append(f"{lost} steps lost, not {lost_at_most}")
         tokens, wrong_tokens = self._compare_given(trial, reference) if watch else (0, 0)
         if wrong_tokens:
             wrong.append(f"{wrong_tokens} wrong tokens")
@@ -207,7 +231,8 @@ class Lab:
             if trial.job.status == 0:
                 return
             job = self.start(trial, {} if watch else None)
-            job.wait_end()
+            if not job.wait_end():
+                wrong.append("started again, its processes did not end")
             if job.status != 0:
                 wrong.append(f"started again, it ended with {job.status}: {job.complaint()}")
         if trial.job.status != 0:

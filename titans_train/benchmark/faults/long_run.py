@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from titans_train.benchmark.faults.job import Job, last_step, training
@@ -57,7 +57,7 @@ def _alone() -> list[str]:
 
 def long_run(lab: Lab) -> Iterator[Trial]:
     """One process and its reader; saved and validated now and then."""
-    steps = 1_000 if lab.quick else 10_000
+    steps = lab.tiny_steps
     every = steps // _SAMPLES
     name = "long"
     settings = (
@@ -73,8 +73,12 @@ def long_run(lab: Lab) -> Iterator[Trial]:
         if not job.wait_for(lambda step=step: last_step(run) >= step, 1200):  # type: ignore[misc]
             break
         points.append(held(job, step))
-    job.wait_end(300)
-    yield judged(job, steps, points)
+    ended = job.wait_end(300)
+    trial = judged(job, steps, points)
+    if trial.survived and (not ended or last_step(run) != steps):
+        note = f"{last_step(run):,} of {steps:,} steps were run" if ended else "processes were still there"
+        trial = replace(trial, survived=False, note=note)
+    yield trial
 
 
 def judged(job: Job, steps: int, points: list[Held]) -> Trial:

@@ -2,7 +2,8 @@
 
 Usage: python -m titans_train.benchmark.faults.observed WATCH.json train CONFIG.yaml …
 WATCH: `notes`, a folder for what is seen; `checkpoints`, a folder; and, if something is to be done, `die`, `nan` or
-`withhold`. Nothing but `titans_train.models` and torch's optimiser is touched, so that the trainer is the one shipped.
+`withhold`. Only calls of the model, of torch's optimiser and of the carried states are wrapped: the trainer is the one
+that is shipped.
 """
 
 from __future__ import annotations
@@ -118,12 +119,17 @@ class Steps:
         """Of this process: 1 for the first."""
         return (self.seen - 1) // self.per_step + 1
 
+    @property
+    def withheld(self) -> bool:
+        return bool(self.withhold) and self.step == self.withhold["step"]
+
     def start(self) -> None:
         import torch
 
         from titans_train.models import LanguageModel
+        from titans_train.training.carried import CarriedStates
 
-        forward, update = LanguageModel.forward, torch.optim.AdamW.step
+        forward, update, after = LanguageModel.forward, torch.optim.AdamW.step, CarriedStates.after
 
         def noted(model: LanguageModel, tokens: Any, *args: Any, **kwargs: Any) -> Any:
             if not (model.training and torch.is_grad_enabled()):
@@ -139,12 +145,19 @@ class Steps:
             return out
 
         def updated(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.withhold and self.step == self.withhold["step"]:
+            if self.withheld:
                 return None
             return update(optimizer, *args, **kwargs)
 
+        def carried(states: CarriedStates, number: int, state: Any) -> None:
+            before = states.states[number]
+            after(states, number, state)
+            if self.withheld:
+                states.states[number] = before
+
         LanguageModel.forward = noted  # type: ignore[method-assign, assignment]
         torch.optim.AdamW.step = updated  # type: ignore[method-assign, assignment]
+        CarriedStates.after = carried  # type: ignore[method-assign, assignment]
 
     def spoiled(self, model: Any, out: Any) -> Any:
         """The loss; or the gradient of one parameter only, while the loss stays what it is."""

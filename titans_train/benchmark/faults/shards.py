@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from titans_train.benchmark.faults import damage
@@ -13,21 +14,25 @@ from titans_train.benchmark.faults.run import EVERY, FIRST, Reference
 from titans_train.benchmark.faults.trial import Trial
 
 _NAMED = r"shard\.\d+\.mds"
-_WAYS = ("a bit of its middle flipped", "cut to half", "lost")
+_WAYS = ("a bit of its middle flipped", damage.EVERY_BYTE, "cut to half", "lost", "swapped")
 
 
 def shards(lab: Lab) -> Iterator[Trial]:
     """Shards as they were prepared, their copies in the run's cache, and shards that are read where they lie."""
-    for way in _WAYS[:1] if lab.quick else (*_WAYS, "swapped"):
-        yield _prepared(lab, way)
+    for way in ["swapped"] if lab.quick else _WAYS:
+        case = f"two prepared shards, {way}, before the start; put back after the run has ended"
+        yield lab.attempt(case, partial(_prepared, lab, case, way))
+    for way in [damage.EVERY_BYTE] if lab.quick else _WAYS:
+        case = f"the shards in the cache of a run, {way}, before it goes on"
+        yield lab.attempt(case, partial(_cached, lab, case, way, running=False))
     if lab.quick:
         return
-    for way in (*_WAYS, "swapped"):
-        yield _cached(lab, way, running=False)
-    for way in (*_WAYS, "swapped"):
-        yield _cached(lab, way, running=True)
-    for way in (*_WAYS, "swapped"):
-        yield _in_place(lab, way)
+    for way in _WAYS:
+        case = f"the shards in the cache of a run, {way}, while it runs"
+        yield lab.attempt(case, partial(_cached, lab, case, way, running=True))
+    for way in _WAYS:
+        case = f"the shards that are read in place, {way}, while the run reads them"
+        yield lab.attempt(case, partial(_in_place, lab, case, way))
 
 
 def _spoil(way: str, paths: list[Path]) -> None:
@@ -47,7 +52,7 @@ def _used_last(reference: Reference, count: int = 2) -> list[str]:
     return [path.name for path in sorted(cached, key=lambda path: path.stat().st_mtime_ns)][-count:]
 
 
-def _prepared(lab: Lab, way: str) -> Trial:
+def _prepared(lab: Lab, case: str, way: str) -> Trial:
     """Before the run begins. It has to end when it comes to the shard; the user puts the shard back."""
     reference = lab.reference()
     folder = lab.folder / f"copy-{len(list(lab.folder.glob('copy-*')))}"
@@ -59,28 +64,34 @@ def _prepared(lab: Lab, way: str) -> Trial:
     trial = lab.new_run("shard", FIRST, f"data.path={folder}")
     since = time.monotonic()
     lab.start(trial, {})
-    case = f"two prepared shards {way} before the start, put back after the run has ended"
     result = lab.outcome(trial, case, since, statuses=[2], found=_NAMED, mend=backup.restore, watch=True)
     shutil.rmtree(folder)
     return result
 
 
-def _cached(lab: Lab, way: str, running: bool) -> Trial:
-    """Every decompressed shard that the run has used. It has to make them anew, while it runs if need be."""
+def _cached(lab: Lab, case: str, way: str, running: bool) -> Trial:
+    """Every decompressed shard that the run has used. It has to make those anew that it comes to again.
+
+    While it runs, it may have no more need of any, so then only what the model is given counts.
+    """
     trial = lab.new_run("shard", start=lab.base())
     cached = sorted((trial.folder / "cache").rglob("train/**/shard.*.mds"))
+    whole = [path.read_bytes() for path in cached]
     if not running:
         _spoil(way, cached)
     job = lab.start(trial, {})
     if running:
         job.wait_logged(trial.folder, 2 * EVERY + 2)
         _spoil(way, cached)
-    when = "while it runs" if running else "before it goes on"
-    case = f"{len(cached)} shards in the cache of a run {way} {when}"
-    return lab.outcome(trial, case, time.monotonic(), seconds=None, statuses=[0], watch=True)
+    since = time.monotonic()
+    job.wait_end()
+    again = sum(path.exists() and path.read_bytes() == content for path, content in zip(cached, whole, strict=True))
+    case += f": {again} of {len(cached)} made anew"
+    broken = "" if again or running else "no damaged shard was made anew"
+    return lab.outcome(trial, case, since, seconds=None, statuses=[0], watch=True, broken=broken)
 
 
-def _in_place(lab: Lab, way: str) -> Trial:
+def _in_place(lab: Lab, case: str, way: str) -> Trial:
     """Shards without compression are read where they lie: all are damaged under a run, which has to end."""
     folder = lab.prepared("none")
     reference = lab.reference(FIRST, f"data.path={folder}")
@@ -90,7 +101,6 @@ def _in_place(lab: Lab, way: str) -> Trial:
     job.wait_logged(trial.folder, EVERY + 1)
     backup = damage.Backup(lab.folder / f"backup-{trial.name}", *paths)
     _spoil(way, paths)
-    case = f"{len(paths)} shards that are read in place {way} while the run reads them"
     return lab.outcome(
         trial, case, time.monotonic(), found=_NAMED, statuses=[2], mend=backup.restore, watch=True, reference=reference
     )

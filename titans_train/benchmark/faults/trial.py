@@ -24,12 +24,18 @@ class Row:
     name: str
     text: str
     trials: list[Trial] = field(default_factory=list)
-    absent: str = ""  # why there are none
+    absent: str = ""  # why there are none, or no more
+    excused: bool = False  # that there are none: this machine cannot do what the row needs
     seconds: float = 0.0  # that the row took
 
     @property
     def survived(self) -> int:
         return sum(trial.survived for trial in self.trials)
+
+    @property
+    def kept(self) -> bool:
+        """Whether every trial was survived, and there were some or could be none."""
+        return self.survived == len(self.trials) and (bool(self.trials) or self.excused)
 
 
 HEAD = (

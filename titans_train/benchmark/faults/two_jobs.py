@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 
 from titans_train.benchmark.faults.job import Job
 from titans_train.benchmark.faults.lab import Lab
-from titans_train.benchmark.faults.run import EVERY, LAYOUTS, TrialRun
+from titans_train.benchmark.faults.run import EVERY, LAYOUTS, RANKS, TrialRun
 from titans_train.benchmark.faults.trial import Trial
 
 _REFUSED = "another job trains in"
@@ -17,12 +18,14 @@ _REFUSED = "another job trains in"
 def two_jobs(lab: Lab) -> Iterator[Trial]:
     """The second started in the middle of the first, on its own layout and another; both at once; after a kill."""
     lab.reference()
-    yield _second(lab, "started while the first trains")
+    case = "the second started while the first trains"
+    yield lab.attempt(case, partial(_second, lab, case))
     if lab.quick:
         return
-    yield _second(lab, "started on another layout while the first trains", *LAYOUTS["tensor 2"])
-    yield _both_at_once(lab)
-    yield _after_a_kill(lab)
+    case = "the second started on another layout while the first trains"
+    yield lab.attempt(case, partial(_second, lab, case, *LAYOUTS["tensor 2"]))
+    yield lab.attempt("both started at once", partial(_both_at_once, lab))
+    yield lab.attempt("the launcher killed", partial(_after_a_kill, lab))
 
 
 def _beside(lab: Lab, trial: TrialRun, *settings: str) -> Job:
@@ -44,13 +47,13 @@ def _second(lab: Lab, case: str, *settings: str) -> Trial:
     trial = lab.new_run("two")
     job = lab.start(trial)
     job.wait_logged(trial.folder, EVERY + 1)
-    ranks = list(job.ranks().values())
+    ranks = [job.rank(number) for number in range(RANKS)]
     job.signal(signal.SIGSTOP, *ranks)
     since = time.monotonic()
     refusal = _refusal(_beside(lab, trial, *settings))
     seconds = time.monotonic() - since
     job.signal(signal.SIGCONT, *ranks)
-    return lab.outcome(trial, f"the second {case}", since, seconds=seconds, statuses=[0], broken=refusal)
+    return lab.outcome(trial, case, since, seconds=seconds, statuses=[0], broken=refusal)
 
 
 def _both_at_once(lab: Lab) -> Trial:
@@ -72,5 +75,6 @@ def _after_a_kill(lab: Lab) -> Trial:
     job.wait_logged(trial.folder, EVERY + 1)
     since = job.signal(signal.SIGKILL, job.process.pid)
     lab.start(trial)
-    job.wait_end()
-    return lab.outcome(trial, "the launcher killed, and the same command given at once", since, seconds=None)
+    broken = "" if job.wait_end() else "ranks of the killed launcher stayed"
+    case = "the launcher killed, and the same command given at once"
+    return lab.outcome(trial, case, since, seconds=None, broken=broken)
