@@ -102,7 +102,7 @@ def test_a_login_node_imports_no_torch() -> None:
         ([QUICKSTART, "--kind", "evaluate"], ["--gpus-per-node or --cpu: there is none"]),
         ([QUICKSTART, "--kind", "evaluate", "--cpu", "--nodes", "3"], ["--nodes: it is 3, but evaluate runs as one"]),
         (["--kind", "evaluate"], ["CONFIG.yaml: evaluate needs one"]),
-        (["nowhere.yaml", "--kind", "evaluate"], ["there is no file nowhere.yaml"]),
+        (["nowhere.yaml", "--kind", "evaluate", "--cpu"], ["there is no file nowhere.yaml"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_with_every_problem(
@@ -156,8 +156,8 @@ def test_a_container_and_a_cpu_are_told_to_the_job(capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("5", 300), ("5:30", 330), ("1:00:00", 3600), ("2-12", 216000), ("1-1:30", 91800), ("1-0:0:1", 86401), ("UNLIMITED", math.inf), ("x", None),
-     ("1:2:3:4", None), ("-5", None)],
+    [("5", 300), ("5:30", 330), ("1:00:00", 3600), ("2-12", 216000), ("1-1:30", 91800), ("1-0:0:1", 86401), ("x", None),
+     ("UNLIMITED", math.inf), ("1:2:3:4", None), ("-5", None)],
 )  # fmt: skip
 def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: float | None) -> None:
     assert parse_time(text) == seconds

@@ -35,11 +35,13 @@ def stage(tmp_path: Path) -> Stage:
     return lab
 
 
-def judged(stage: Stage, what: str, limit: float = 60, statuses: list[int] | None = None) -> Trial:
+def judged(
+    stage: Stage, what: str, limit: float = 60, statuses: list[int] | None = None, lost_at_most: int | None = None
+) -> Trial:
     trial = stage.new_run("trial", FIRST, what)
     job = stage.start(trial)
     job.wait_end(limit)
-    return stage.outcome(trial, what, time.monotonic(), statuses=statuses)
+    return stage.outcome(trial, what, time.monotonic(), statuses=statuses, lost_at_most=lost_at_most)
 
 
 def test_a_killed_run_that_goes_on_as_if_nothing_had_been_has_survived(stage: Stage) -> None:
@@ -63,11 +65,33 @@ def test_another_exit_status_than_promised_and_a_run_that_never_ends_well_are_fo
     assert not found.survived and "not finished after 4 more starts" in found.note and "error: no" in found.note
 
 
+def test_steps_that_are_lost_where_none_may_be_are_found(stage: Stage) -> None:
+    found = judged(stage, "dies", lost_at_most=0)
+    assert not found.survived and found.note == "1 steps lost, not 0" and found.steps_lost == 1
+
+
 def test_a_process_that_stays_is_found_though_it_left_its_session_and_is_ended(stage: Stage) -> None:
     trial = stage.new_run("trial", FIRST, "stays")
     job = stage.start(trial)
     assert not job.wait_end(3)
     assert job.processes() == []
+    found = stage.outcome(trial, "stays", time.monotonic())  # it has ended by now: not by itself
+    assert not found.survived and "processes were still there" in found.note
+
+
+def test_a_trial_that_breaks_off_is_not_survived_says_why_and_leaves_no_process(stage: Stage) -> None:
+    trials = []
+
+    def gone() -> Trial:
+        trials.append(stage.new_run("trial", FIRST, "good"))
+        stage.start(trials[-1]).rank(1)
+        raise AssertionError
+
+    found = stage.attempt("gone", gone)
+    assert found.case == "gone" and not found.survived and "rank 1 was already gone" in found.note
+    assert trials[0].job.processes() == []
+    found = stage.attempt("wrong", lambda: judged(stage, {}["what"]))
+    assert not found.survived and "Traceback" in found.note and "KeyError: 'what'" in found.note
 
 
 def test_checkpoints_are_compared_by_their_tensors_not_by_their_order() -> None:

@@ -7,19 +7,47 @@ from pathlib import Path
 
 import pytest
 
-from titans_train.benchmark.faults import damage
+from titans_train.benchmark.faults import command, damage, main
 from titans_train.benchmark.faults.job import Job
+from titans_train.benchmark.faults.lab import Lab
 from titans_train.benchmark.faults.long_run import Held, judged
 from titans_train.benchmark.faults.trial import Row, Trial, table
+from titans_train.errors import UserError
 
 
 def test_the_table_counts_trials_and_names_each_that_fell_short() -> None:
     kills = Row("kill", "kill -9", [Trial("a", True, 2, 1.0), Trial("b", False, 5, 3.0, "loss of step 3", 1, 64, 8)])
+    kills.trials.append(Trial("c", False, note="Traceback:\n  at\nKeyError: 1\n"))
     text = table([kills, Row("node", "a lost node", absent="no SLURM")])
-    assert "| kill -9 | 2 | 1 | 3.5, 5 | 2.0, 3.0 |" in text
+    assert "| kill -9 | 3 | 1 | 3.5, 5 | 2.0, 3.0 |" in text
     assert "| a lost node | 0 | 0 |  |  |" in text and "a lost node: not tried: no SLURM" in text
-    assert "| **all** | 2 | 1 |" in text and "kill -9: b: loss of step 3" in text
+    assert (
+        "| **all** | 3 | 1 |" in text
+        and "kill -9: c: Traceback: … KeyError: 1" in text
+        and "kill -9: b: loss of step 3" in text
+    )
     assert "Partial checkpoints accepted: 1. Wrong tokens: 8 of 64" in text
+
+
+def test_a_row_without_trials_counts_as_kept_only_where_the_machine_could_not_try_it() -> None:
+    good, bad = Trial("a", True), Trial("b", False)
+    assert Row("kill", "", [good]).kept and Row("node", "", absent="no SLURM", excused=True).kept
+    assert not Row("kill", "", [good, bad]).kept and not Row("kill", "", absent="nothing").kept
+
+
+def test_a_folder_in_use_and_too_few_seeds_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("of an earlier table")
+    with pytest.raises(UserError, match=r"not an empty folder; give another"):
+        main(["--folder", str(tmp_path), "--only", "kill"])
+    with pytest.raises(UserError, match=r"--seeds 0: at least 1"):
+        main(["--folder", str(tmp_path / "new"), "--seeds", "0"])
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_row_that_breaks_off_does_not_take_the_table_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(command.FAULTS, "wrong", ("command.no_such_row", "of {steps:,} steps"))
+    row = command.run_row("wrong", Lab(tmp_path, quick=True))
+    assert row.text == "of 1,000 steps" and not row.kept and "AttributeError" in row.trials[0].note
 
 
 @pytest.mark.parametrize("way", damage.ALONE)

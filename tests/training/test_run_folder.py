@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,6 +27,22 @@ def test_two_jobs_do_not_train_in_one_folder(plan: Plan) -> None:
             run_folder.own(plan, other)
     with ExitStack() as later:
         run_folder.own(plan, later)
+
+
+def test_a_start_that_slurm_made_again_waits_for_the_lock_of_the_last(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with ExitStack() as last, ExitStack() as again:
+        run_folder.own(plan, last)
+        end = threading.Timer(0.3, last.close)
+        end.start()
+        run_folder.own(plan, again)
+        end.join()
+    monkeypatch.setattr(run_folder, "OLD_LOCK_SECONDS", 0.1)
+    with ExitStack() as one, ExitStack() as other, pytest.raises(UserError, match="another job trains"):
+        run_folder.own(plan, one)
+        run_folder.own(plan, other)
 
 
 def test_what_reading_and_a_killed_start_leave_is_no_foreign_folder(plan: Plan) -> None:

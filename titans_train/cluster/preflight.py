@@ -58,7 +58,7 @@ def main(args: Sequence[str]) -> int:
         raise ConfigError([Problem("--world", f"{options.world} were asked for, {world} started", remedy)], "the start")
     plan = make_plan(load_config(options.config, options.overrides, world), world)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    faulthandler.dump_traceback_later(5 * options.seconds, exit=True)  # needs nothing that could hang
+    faulthandler.dump_traceback_later(5 * options.seconds + 30, exit=True)  # needs nothing that could hang
     try:
         return look(plan, options)
     finally:
@@ -142,7 +142,7 @@ def ends_by(seconds: float, say: Callable[[], None]) -> Iterator[None]:
         sys.stderr.flush()
         os._exit(2)
 
-    timer = threading.Timer(seconds + 1, end)  # after the waits that name the missing
+    timer = threading.Timer(seconds + 5, end)  # after the waits that name the missing
     timer.daemon = True
     timer.start()
     try:

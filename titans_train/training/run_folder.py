@@ -7,6 +7,7 @@ heartbeat.json; nonfinite/ and stacks/ (only where there was something to put th
 from __future__ import annotations
 
 import json
+import os
 import platform
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -32,6 +33,7 @@ FREE = {
 
 
 LOCK = ".lock"
+OLD_LOCK_SECONDS = 120.0
 LARGEST_RECORD = 1 << 24  # bytes of plan.json and summary.json
 # There before a run is: reading alone fills the cache, and a start may end early.
 BESIDE = {"cache", LOCK, "stacks", "libraries.log"}
@@ -104,12 +106,15 @@ def _recorded(folder: Path) -> dict[str, Any]:
 
 
 def own(plan: Plan, until: ExitStack) -> None:
-    """The run's folder, made if need be, is this job's until the stack is left. UserError: it is another's."""
+    """The run's folder, made if need be, is this job's until the stack is left. UserError: it is another's.
+
+    A start that SLURM made again waits for the last one's lock: a file server keeps that of a lost node for a while.
+    """
     folder = plan.run_directory
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=OLD_LOCK_SECONDS if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0)
     except Timeout as error:
         raise UserError(f"another job trains in {folder}; wait until it ends, or choose another run.name") from error
     until.callback(lock.release)

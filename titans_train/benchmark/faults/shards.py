@@ -19,7 +19,7 @@ _WAYS = ("a bit of its middle flipped", damage.EVERY_BYTE, "cut to half", "lost"
 
 def shards(lab: Lab) -> Iterator[Trial]:
     """Shards as they were prepared, their copies in the run's cache, and shards that are read where they lie."""
-    for way in ["swapped"] if lab.quick else _WAYS:
+    for way in _WAYS[:1] if lab.quick else _WAYS:
         case = f"two prepared shards, {way}, before the start; put back after the run has ended"
         yield lab.attempt(case, partial(_prepared, lab, case, way))
     for way in [damage.EVERY_BYTE] if lab.quick else _WAYS:

@@ -52,6 +52,12 @@ def _line(row: Row) -> str:
     return f"| {row.text} | {len(row.trials)} | {row.survived} | {steps} | {times} |"
 
 
+def _short(note: str) -> str:
+    """One line; a traceback's first and last."""
+    lines = [line.strip() for line in note.splitlines() if line.strip()] or ["other losses"]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1]}"
+
+
 def table(rows: Sequence[Row]) -> str:
     """Markdown: a line for each fault, the totals, then what did not survive or was not tried, and why."""
     lines = [*HEAD, *map(_line, rows)]
@@ -64,6 +70,6 @@ def table(rows: Sequence[Row]) -> str:
         f"Partial checkpoints accepted: {sum(trial.partial for trial in trials)}. "
         f"Wrong tokens: {wrong:,} of {tokens:,} that were compared.",
     ]
-    fell = [f"* {row.text}: {t.case}: {t.note or 'other losses'}" for row in rows for t in row.trials if not t.survived]
+    fell = [f"* {row.text}: {t.case}: {_short(t.note)}" for row in rows for t in row.trials if not t.survived]
     fell += [f"* {row.text}: not tried: {row.absent}" for row in rows if row.absent]
     return "\n".join([*lines, *(["", "What falls short:", *fell] if fell else [])])
