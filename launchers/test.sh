@@ -2,6 +2,7 @@
 # Installs with the extra "test", and SLURM where it can (install_slurm.sh); then runs ruff, mypy and pytest. All three
 # run, and each failure counts.
 # Usage: test.sh [--all] [pytest arguments]    --all: the long tests too
+# Without pytest arguments the tests that mostly wait, for SLURM and for killed runs, run beside the others.
 set -euo pipefail
 # shellcheck source=launchers/lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -11,11 +12,23 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 prepare_environment test
 bash launchers/install_slurm.sh || true # says why not; the tests that need it are then skipped
 
-status=0
+WAITING=(tests/slurm tests/fault_table)
+status=0 waiting="" log="$(mktemp)"
+trap '[[ -z "$waiting" ]] || kill "$waiting"; rm -f -- "$log"' EXIT
 say "ruff"
 "$PYTHON_IN_VENV" -m ruff check . || status=1
 say "mypy"
 "$PYTHON_IN_VENV" -m mypy || status=1
 say "pytest$([[ $status == 0 ]] || printf ' (ruff or mypy failed above, so this run fails)')"
-"$PYTHON_IN_VENV" -m pytest "$@" || status=$?
+if (($# > 0)) && [[ "$*" != --all ]]; then
+    "$PYTHON_IN_VENV" -m pytest "$@" || status=$?
+    exit "$status"
+fi
+"$PYTHON_IN_VENV" -m pytest -rs "$@" "${WAITING[@]}" >"$log" 2>&1 &
+waiting=$!
+"$PYTHON_IN_VENV" -m pytest "$@" "${WAITING[@]/#/--ignore=}" || status=$?
+say "pytest ${WAITING[*]}"
+wait "$waiting" || status=$?
+waiting=""
+cat -- "$log"
 exit "$status"
