@@ -268,7 +268,11 @@ class ShardStore:
         folder, shard = self._shards[number]
 
         def verified() -> MdsFile:
-            file = MdsFile(self._files.raw_shard(folder, shard), shard.documents)
+            path = self._files.raw_shard(folder, shard)
+            try:
+                file = MdsFile(path, shard.documents)
+            except ValueError as error:  # checked a moment ago, so it may have been changed since
+                raise FileNotFoundError(str(error)) from error
             if not file.is_at(self._files.raw_shard(folder, shard)):
                 raise FileNotFoundError("it is replaced again and again, by other processes")
             return file
