@@ -6,16 +6,33 @@ import os
 import pickle
 import resource
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from titans_train.__main__ import main
 
 DEEP = "[" * 100_000
+Change = Callable[[dict[str, Any]], object]
+
+
+def put(*path: str | int) -> Callable[[object], Change]:
+    """Puts a value to a place of a manifest."""
+
+    def make(value: object) -> Change:
+        def change(data: dict[str, Any]) -> None:
+            place: Any = data
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = value
+
+        return change
+
+    return make
 
 
 class Bomb:

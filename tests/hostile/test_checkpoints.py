@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.hostile.refusals import DEEP, listing, little_memory, pickled, refused, zipped
+from tests.hostile.refusals import DEEP, Change, listing, little_memory, pickled, put, refused, zipped
 from tests.hostile.tensors import FILES, rewritten
 from tests.inference.checkpoints import config, write_checkpoint
 from titans_train.__main__ import main
@@ -19,7 +19,6 @@ from titans_train.inference import exported
 from titans_train.training.manifest import MANIFEST, read_manifest, sha256_of, write_manifest
 
 Capture = pytest.CaptureFixture[str]
-Change = Callable[[dict[str, Any]], object]
 RANK, PROMPT = "rank-00000.safetensors", ["--prompt", "x", "--tokens", "1"]
 
 
@@ -34,19 +33,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def copied(folder: Path, work: Path) -> Path:
     return Path(shutil.copytree(folder, work / folder.name))
-
-
-def put(*path: str | int) -> Callable[[object], Change]:
-    def make(value: object) -> Change:
-        def change(data: dict[str, Any]) -> None:
-            place: Any = data
-            for key in path[:-1]:
-                place = place[key]
-            place[path[-1]] = value
-
-        return change
-
-    return make
 
 
 def of_first_tensor(change: Callable[[dict[str, Any]], object]) -> Change:

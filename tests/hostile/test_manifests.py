@@ -15,11 +15,10 @@ from data_prep.errors import PrepareError
 from data_prep.tokenizer import load_prepared_tokenizer
 from tests.data.corpus import prepare_folder
 from tests.data.folders import copy_of, open_store
-from tests.hostile.refusals import DEEP, listing, little_memory, pickled, refused, zipped
+from tests.hostile.refusals import DEEP, Change, listing, little_memory, pickled, put, refused, zipped
 from titans_train.data import DataError
 
 Capture = pytest.CaptureFixture[str]
-Change = Callable[[dict[str, Any]], object]
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +33,6 @@ def sealed(data: dict[str, Any]) -> str:
     return text.replace(line.format("0" * 16), line.format(xxhash.xxh64_hexdigest(text)))
 
 
-def at(*path: str | int) -> Callable[[object], Change]:
-    """Puts a value to a place of the manifest."""
-
-    def put(value: object) -> Change:
-        def change(data: dict[str, Any]) -> None:
-            place: Any = data
-            for key in path[:-1]:
-                place = place[key]
-            place[path[-1]] = value
-
-        return change
-
-    return put
-
-
 SPLIT = ("splits", "train", "text")
 SHARD = (*SPLIT, "shards", 0)
 OUTSIDE = ["/etc/passwd", "../../outside", "..", ".", "", "a/b", "a\\b", "..\\x", "a\0b", "a\ud800", "\x1b[31m",
@@ -57,15 +41,16 @@ OUTSIDE = ["/etc/passwd", "../../outside", "..", ".", "", "a/b", "a\\b", "..\\x"
 NUMBERS = [-1, 2**63, 10**15 + 2**60, "12", 1.5, True, None, float("nan"), float("inf"), [], 10**400]
 
 NAMES = {
-    "raw": at(*SHARD, "raw", "name"), "compressed": at(*SHARD, "compressed", "name"),
-    "index": at(*SPLIT, "index", "name"), "lengths": at(*SPLIT, "lengths", "name"), "others": at("others", 0, "name"),
+    "raw": put(*SHARD, "raw", "name"), "compressed": put(*SHARD, "compressed", "name"),
+    "index": put(*SPLIT, "index", "name"), "lengths": put(*SPLIT, "lengths", "name"),
+    "others": put("others", 0, "name"),
 }  # fmt: skip
 COUNTS = {
-    "raw": at(*SHARD, "raw", "bytes"), "compressed": at(*SHARD, "compressed", "bytes"),
-    "index": at(*SPLIT, "index", "bytes"), "lengths": at(*SPLIT, "lengths", "bytes"),
-    "others": at("others", 0, "bytes"), "documents": at(*SHARD, "documents"), "tokens": at(*SHARD, "tokens"),
-    "all documents": at(*SPLIT, "documents"), "all tokens": at(*SPLIT, "tokens"), "text": at(*SPLIT, "text_bytes"),
-    "vocabulary": at("tokenizer", "vocabulary"), "end": at("tokenizer", "end_of_document"),
+    "raw": put(*SHARD, "raw", "bytes"), "compressed": put(*SHARD, "compressed", "bytes"),
+    "index": put(*SPLIT, "index", "bytes"), "lengths": put(*SPLIT, "lengths", "bytes"),
+    "others": put("others", 0, "bytes"), "documents": put(*SHARD, "documents"), "tokens": put(*SHARD, "tokens"),
+    "all documents": put(*SPLIT, "documents"), "all tokens": put(*SPLIT, "tokens"), "text": put(*SPLIT, "text_bytes"),
+    "vocabulary": put("tokenizer", "vocabulary"), "end": put("tokenizer", "end_of_document"),
 }  # fmt: skip
 
 
@@ -105,25 +90,28 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "10^15 tokens": (petabyte, "below 4294967296"),
     "2^40 documents": (trillion, "expected a number from 1 to below 4294967296"),
     "2^32 documents": (many_documents, "bytes or more, raw/bytes is"),
-    "2^52 bytes": (at(*SHARD, "raw", "bytes")(2**52), "expected a number from 0 to below 4294967296"),
-    "lengths of a petabyte": (at(*SPLIT, "lengths", "bytes")(10**12), "documents have less"),
-    "a hash of other letters": (at(*SHARD, "raw", "xxh64")("../../../../x"), "16 hexadecimal digits"),
-    "no list of shards": (at(*SPLIT, "shards")({"a": 1}), "not a complete manifest"),
-    "shards of numbers": (at(*SPLIT, "shards")([1, 2]), "not a complete manifest"),
-    "one shard twice": (at(*SPLIT, "shards", 1, "raw", "name")("shard.00000.mds"), "named twice"),
-    "another key": (at(*SHARD, "raw", "path")("/etc"), "not a complete manifest"),
-    "no split": (at("splits")([]), "not a complete manifest"),
-    "dtype float64": (at("dtype")("float64"), "neither uint16 nor uint32"),
-    "dtype object": (at("dtype")("O"), "neither uint16 nor uint32"),
-    "dtype a list": (at("dtype")(["uint16"]), "neither uint16 nor uint32"),
-    "settings a list": (at("settings")([]), "expected an object"),
-    "tool of escapes": (at("tool")("\x1b]0;x\x07"), "tool is"),
-    "tokenizer a text": (at("tokenizer")("bytes"), "not a complete manifest"),
-    "tokenizer a path": (at("tokenizer", "file")({"name": "../../x", "bytes": 1, "xxh64": "0" * 16}), "tokenizer/file"),
-    "tokenizer kind": (at("tokenizer", "kind")("../x"), "tokenizer/kind"),
-    "tokenizer hash": (at("tokenizer", "sha256")("x"), "64 hexadecimal digits"),
+    "2^52 bytes": (put(*SHARD, "raw", "bytes")(2**52), "expected a number from 0 to below 4294967296"),
+    "lengths of a petabyte": (put(*SPLIT, "lengths", "bytes")(10**12), "documents have less"),
+    "a hash of other letters": (put(*SHARD, "raw", "xxh64")("../../../../x"), "16 hexadecimal digits"),
+    "no list of shards": (put(*SPLIT, "shards")({"a": 1}), "not a complete manifest"),
+    "shards of numbers": (put(*SPLIT, "shards")([1, 2]), "not a complete manifest"),
+    "one shard twice": (put(*SPLIT, "shards", 1, "raw", "name")("shard.00000.mds"), "named twice"),
+    "another key": (put(*SHARD, "raw", "path")("/etc"), "not a complete manifest"),
+    "no split": (put("splits")([]), "not a complete manifest"),
+    "dtype float64": (put("dtype")("float64"), "neither uint16 nor uint32"),
+    "dtype object": (put("dtype")("O"), "neither uint16 nor uint32"),
+    "dtype a list": (put("dtype")(["uint16"]), "neither uint16 nor uint32"),
+    "settings a list": (put("settings")([]), "expected an object"),
+    "tool of escapes": (put("tool")("\x1b]0;x\x07"), "tool is"),
+    "tokenizer a text": (put("tokenizer")("bytes"), "not a complete manifest"),
+    "tokenizer a path": (
+        put("tokenizer", "file")({"name": "../../x", "bytes": 1, "xxh64": "0" * 16}),
+        "tokenizer/file",
+    ),
+    "tokenizer kind": (put("tokenizer", "kind")("../x"), "tokenizer/kind"),
+    "tokenizer hash": (put("tokenizer", "sha256")("x"), "64 hexadecimal digits"),
     "tokenizer of another file": (lambda data: data["tokenizer"].update(kind="huggingface"), "expected tokenizer.json"),
-    "version": (at("version")("\x1b[31m"), "this code reads 2"),
+    "version": (put("version")("\x1b[31m"), "this code reads 2"),
 }  # fmt: skip
 
 

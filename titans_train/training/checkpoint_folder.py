@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from data_prep.durable import flush_directory, whole_file
 from titans_train.config.schema import Checkpoint as Settings
@@ -22,6 +21,12 @@ def checkpoint_folder(run_directory: Path) -> Path:
 
 def checkpoint_path(run_directory: Path, step: int) -> Path:
     return checkpoint_folder(run_directory) / f"step-{step:08d}"
+
+
+def temporary_path(run_directory: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is one."""
+    path = checkpoint_path(run_directory, step)
+    return path.with_name(path.name + TEMPORARY)
 
 
 def candidates(run_directory: Path) -> list[Path]:
@@ -71,8 +76,7 @@ def check_disk(folder: Path, size: int) -> None:
 
 def begin(run_directory: Path, step: int, size: int) -> Path:
     """An empty folder to write a checkpoint into, on a disk that has room for it."""
-    temporary = checkpoint_path(run_directory, step)
-    temporary = temporary.with_name(temporary.name + TEMPORARY)
+    temporary = temporary_path(run_directory, step)
     temporary.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(run_directory)
     if temporary.exists():
@@ -125,10 +129,9 @@ def prune(run_directory: Path, settings: Settings) -> None:
 def _validation_loss(path: Path) -> float | None:
     """OSError where it cannot be read now: then nothing is to be removed."""
     try:
-        loss: Any = read_manifest(path).get("validation_loss")
+        return read_manifest(path)["validation_loss"]  # type: ignore[no-any-return]
     except DamagedCheckpoint:
         return None
-    return float(loss) if isinstance(loss, int | float) else None
 
 
 def _remove(path: Path) -> None:

@@ -57,9 +57,8 @@ class Saver:
         self.blocked_seconds = 0.0  # that the last save has kept training waiting for
         self.seconds = 0.0  # from its begin to its publication; on the first rank
         self._copies = Copies(engine)
-        self._work: Background | None = None
+        self._work: Background | None = None  # the save under way
         self._step, self._started = 0, 0.0
-        self._folder: Path | None = None
 
     # ---- the three calls
 
@@ -80,7 +79,6 @@ class Saver:
         pieces = self._copies.take()
         carried = None if self.carried is None else self.carried.snapshot()
         manifest = self._describe(progress, validation_loss)
-        self._folder = folder
         self._work = Background(partial(self._write, folder, pieces, carried, manifest))
         if not self.plan.config.checkpoint.asynchronous:
             self.settle()
@@ -93,7 +91,7 @@ class Saver:
 
     def follow(self, decision: dict[str, float]) -> None:
         """Learns what has become of the save under way."""
-        if self._folder is not None and (decision["unsaved"] or not decision["saving"]):
+        if self._work is not None and (decision["unsaved"] or not decision["saving"]):
             self.settle()
 
     def finish(self) -> None:
@@ -142,16 +140,15 @@ class Saver:
 
     def settle(self) -> None:
         """Waits until every rank's thread has ended, and says what has become of the save. Collective."""
-        if self._folder is None or self._work is None:
+        if (work := self._work) is None:
             return
-        folder, work = self._folder, self._work
         if not self.mesh.is_first:
             work.wait()
         if any(gather(work.error)):  # of the others, and perhaps of the first: it would wait for their parts
             work.stop.set()
         work.wait()
         errors = [error for error in gather(work.error) if error]
-        self._folder, self._work = None, None
+        self._work = None
         if not errors:
             self.saved_step = self._step
             if work.note:
@@ -160,7 +157,7 @@ class Saver:
         before = f"the one of step {self.saved_step} is untouched" if self.saved_step else "there is none before it"
         self.say(f"the checkpoint of step {self._step} could not be written ({errors[-1]}); {before}")
         if self.mesh.is_first:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(checkpoint_folder.temporary_path(self.plan.run_directory, self._step), ignore_errors=True)
 
     def _describe(self, progress: Progress, validation_loss: float | None) -> dict[str, Any]:
         """The manifest but for the files."""
