@@ -127,6 +127,7 @@ read_notes() {
     all_ran "$1" || { ((status != 0)) || status=1; }
     if [[ -f "$NOTES-bad" ]]; then
         read -r status log <"$NOTES-bad"
+        [[ "$status" != "$REQUEUE" ]] || log="" # it has only been asked to stop
         say "$(sed -n 2p "$NOTES-bad")${log:+; the last lines of $log:}"
         [[ -z "$log" ]] || tail -n 15 -- "$log"
     elif [[ "$status" == 0 && -f "$NOTES-requeue" ]]; then

@@ -4,7 +4,8 @@ Usage: rank.py COMMAND ...    with LOG_DIR, NOTES, RESTART and REQUEUE from lib.
 
 The command writes into LOG_DIR/rRESTART-rank-RANK.log; with LOGGED=no, where srun does. NOTES-done-RANK proves that it
 ran to a good end. "Start me again" becomes status 0 and one more note: srun --kill-on-bad-exit would end the ranks that
-are still saving. The first task that ends badly leaves its status, its log and what happened in NOTES-bad.
+are still saving. The first task that ends badly leaves its status, its log and what happened in NOTES-bad. So does one
+whose signal came before it could mind it, with the status "start me again": the others would wait in vain.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -37,19 +39,23 @@ def log_path() -> Path | None:
     return Path(os.environ["LOG_DIR"], f"r{os.environ['RESTART']}-rank-{os.environ['SLURM_PROCID']}.log")
 
 
-def run(command: list[str]) -> tuple[int, set[int]]:
-    """The command's return code, negative for a signal, and the signals that came meanwhile."""
+def run(command: list[str]) -> tuple[int, bool]:
+    """The command's return code, negative for a signal, and whether a signal that came to this process too ended it."""
     heard: set[int] = set()
     for each in SIGNALS:
         signal.signal(each, lambda number, _: heard.add(number))
     path = log_path()
     with nullcontext() if path is None else path.open("ab") as log:
-        return subprocess.Popen(command, env=environment(), stdout=log, stderr=log).wait(), heard
+        code = subprocess.Popen(command, env=environment(), stdout=log, stderr=log).wait()
+    ended_by = -code if code < 0 else code - 128
+    deadline = time.monotonic() + 1  # SLURM sends it to one process after the other
+    while ended_by in SIGNALS and ended_by not in heard and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return code, ended_by in heard
 
 
-def note_bad(code: int) -> int:
-    """Unless another task was first. The status, as a shell states it."""
-    status = code if code >= 0 else 128 - code
+def note_bad(code: int, status: int) -> int:
+    """Unless another task was first. The status."""
     rank, notes = os.environ["SLURM_PROCID"], os.environ["NOTES"]
     how = f"ended with status {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
     mine = Path(f"{notes}-bad.{rank}")
@@ -61,13 +67,15 @@ def note_bad(code: int) -> int:
 
 
 def main(command: list[str]) -> int:
-    code, heard = run(command)
+    code, unheard = run(command)
     notes = os.environ["NOTES"]
-    ended_by = -code if code < 0 else code - 128
-    if code == int(os.environ["REQUEUE"]) or ended_by in heard:  # or before it could mind the signal: all is kept
+    requeue = int(os.environ["REQUEUE"])
+    if unheard:
+        return note_bad(code, requeue)
+    if code == requeue:
         Path(f"{notes}-requeue").touch()
     elif code != 0:
-        return note_bad(code)
+        return note_bad(code, code if code >= 0 else 128 - code)
     Path(f"{notes}-done-{os.environ['SLURM_PROCID']}").touch()
     return 0
 

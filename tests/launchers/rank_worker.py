@@ -2,7 +2,7 @@
 
 Usage: rank_worker.py FOLDER ACTION ...    one action per rank:
 exit N | signal N (sends it to itself) | wait (ends with 75 on a signal that launchers relay) | deaf (to the signals)
-| default (has no handlers) | child (as deaf, with a child of its own)
+| default (has no handlers) | misses N (ends with N soon after a signal) | child (as deaf, with a child of its own)
 """
 
 from __future__ import annotations
@@ -29,9 +29,13 @@ def main(folder: Path, actions: list[str]) -> None:
     action, _, number = actions[int(rank)].partition(" ")
     sys.stdout.write(f"rank {rank} says {action}\n")
     sys.stderr.write(f"rank {rank} errs\n")
+    handlers = {
+        "default": signal.SIG_DFL,
+        "wait": lambda n, _: heard(folder, rank, n),
+        "misses": lambda n, _: (time.sleep(0.3), os._exit(int(number))),
+    }
     for each in RELAYED:
-        if action != "default":
-            signal.signal(each, (lambda n, _: heard(folder, rank, n)) if action == "wait" else signal.SIG_IGN)
+        signal.signal(each, handlers.get(action, signal.SIG_IGN))
     facts: dict[str, object] = {name: os.environ.get(name) for name in NAMES}
     facts |= {"pid": os.getpid(), "torchelastic": [name for name in os.environ if name.startswith("TORCHELASTIC")]}
     if action == "child":

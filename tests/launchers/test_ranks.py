@@ -118,8 +118,9 @@ def test_a_signal_to_the_launcher_reaches_every_rank(launch: Callable[..., Launc
     assert f"{name}: every rank is told to save and stop" in error
 
 
-def test_a_signal_before_a_rank_can_hear_it_asks_for_a_new_start(launch: Callable[..., Launch]) -> None:
-    launched = launch("default", "deaf")
+@pytest.mark.parametrize("other", ["deaf", "misses 1"])
+def test_a_signal_before_a_rank_can_hear_it_asks_for_a_new_start(launch: Callable[..., Launch], other: str) -> None:
+    launched = launch("default", other)
     launched.ready()
     launched.process.send_signal(signal.SIGUSR1)
     status, _, error = launched.end()

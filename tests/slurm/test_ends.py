@@ -36,9 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Job:
-    """One rank, whose steps do what `parts` say: shell commands for rank, plan and train."""
+    """Ranks of one node, whose steps do what `parts` say: shell commands for rank, plan and train."""
 
-    def __init__(self, cluster: SlurmCluster, folder: Path, at: Path, variables: dict[str, str], **parts: str) -> None:
+    def __init__(
+        self, cluster: SlurmCluster, folder: Path, at: Path, variables: dict[str, str], ranks: int = 1, **parts: str
+    ) -> None:
         self.cluster, self.at = cluster, at
         python = at / "python"
         commands = {"rank": ":", "plan": ":", "train": ":"} | parts
@@ -48,7 +50,7 @@ class Job:
         words = [f"--export=ALL,{','.join(f'{name}={value}' for name, value in given.items())}", f"--output={at}/out"]
         config = ["tiny.yaml", f"run.folder={at}/{NAME}", "parallel.tensor=1", "parallel.sequence=1"]
         file = ROOT / "slurm" / "pretrain.sbatch"
-        self.number = cluster.sbatch(*words, "--ntasks-per-node=1", "--job-name=j", file, *config, cwd=folder)
+        self.number = cluster.sbatch(*words, f"--ntasks-per-node={ranks}", "--job-name=j", file, *config, cwd=folder)
 
     def wait_for(self, name: str) -> None:
         deadline = time.monotonic() + LIMIT
@@ -100,6 +102,19 @@ def test_a_preemption_before_the_training_starts_the_job_again(
     cluster.run("scancel", "--signal=TERM", job.number)  # what a preemption sends first, and to the steps alone
     assert job.end() == ("COMPLETED", "0:0", "1"), job.said()
     assert "stopped before the training began; started again" in job.said()
+
+
+def test_a_rank_that_a_signal_ends_before_it_can_mind_it_keeps_no_other_waiting(
+    cluster: SlurmCluster, folder: Path, tmp_path: Path
+) -> None:
+    train = f'[ "$RANK" = 1 ] || trap "" USR2; touch {tmp_path}/there-$RANK; sleep {LIMIT}'
+    job = Job(cluster, folder, tmp_path, {"MAX_RESTARTS": "0"}, ranks=2, train=train)
+    job.wait_for("there-0")
+    job.wait_for("there-1")
+    cluster.run("scancel", "--batch", "--signal=USR2", job.number)
+    assert job.end() == ("FAILED", "75:0", "0"), job.said()
+    assert "rank 1 on node1 was ended by SIGUSR2\n" in job.said()
+    assert "saved and stopped" in job.said()
 
 
 def test_slurms_own_restarts_count(cluster: SlurmCluster, folder: Path, tmp_path: Path) -> None:
