@@ -14,6 +14,7 @@ from titans_train import plan_memory as memory
 from titans_train import plan_messages as messages
 from titans_train.config import ConfigError, RunConfig, check_config
 from titans_train.config.checks import feed_forward_width, padded_vocabulary
+from titans_train.config.schema import Memory
 from titans_train.mixing import phases_of
 from titans_train.placement import Placement
 from titans_train.plan_memory import ZeroSizes
@@ -108,8 +109,9 @@ class Plan:
         )
         if s.memory is not None:
             m = s.memory
+            rule = "" if m.rule == "titans" else f"{m.rule}, "
             lines.append(
-                f"memory      chunk {m.chunk_size}, depth {m.depth}, hidden {m.hidden}, theta up to {m.theta_max:.3g}, "
+                f"memory      {rule}chunk {m.chunk_size}, depth {m.depth}, hidden {m.hidden}, theta up to {m.theta_max:.3g}, "
                 f"a state kept every {m.store_every} chunks"
             )
         if s.has_attention:
@@ -209,7 +211,7 @@ class Plan:
 
 def resolve_shape(config: RunConfig) -> ModelShape:
     """The architecture with every default filled in. What a block does not use is left out (None, or 0)."""
-    m, a, block = config.model, config.attention, config.model.block
+    m, memory, a, block = config.model, config.memory, config.attention, config.model.block
     return ModelShape(
         block=block,
         layers=m.layers,
@@ -226,7 +228,7 @@ def resolve_shape(config: RunConfig) -> ModelShape:
         attention=AttentionShape(
             window=a.window if block in ("transformer", "mag", "mal") else None,
             segment=a.segment if block == "mac" else None,
-            persistent_tokens=0 if block == "transformer" else a.persistent_tokens,
+            persistent_tokens=0 if block == "transformer" or memory.rule != "titans" else a.persistent_tokens,
             rope_base=float(a.rope_base),
         ),
     )
@@ -237,12 +239,15 @@ def _resolve_memory(config: RunConfig) -> MemoryShape:
 
     store_every: a state every 16 chunks; for chunks above 64 fewer, since recomputing keeps about 1024 tokens' worth.
     """
-    m = config.memory
+    m, head_dim = config.memory, config.model.width // config.model.heads
+    if m.rule != "titans":
+        return _peer_memory(m, head_dim)
     limit = 4.0 if m.residual_norm else 1.0
     return MemoryShape(
+        rule=m.rule,
         chunk_size=m.chunk_size,
         depth=m.depth,
-        hidden=m.expansion * (config.model.width // config.model.heads),
+        hidden=m.expansion * head_dim,
         activation=m.activation,
         residual_norm=m.residual_norm,
         momentum=m.momentum,
@@ -258,6 +263,16 @@ def _resolve_memory(config: RunConfig) -> MemoryShape:
         theta_bias=float(m.theta_bias),
         store_every=m.store_every if m.store_every is not None else min(16, max(1, 1024 // m.chunk_size)),
     )
+
+
+def _peer_memory(m: Memory, head_dim: int) -> MemoryShape:
+    """A matrix per head, from zero; what only the Titans memory has is off."""
+    return MemoryShape(
+        rule=m.rule, chunk_size=m.chunk_size, depth=1, hidden=head_dim, activation="silu", residual_norm=False,
+        momentum=False, forgetting=False, write=True, normalize_values=False, convolution=m.convolution,
+        key_start="token", theta_max=1.0, couple_theta=False, forget_bias=0.0, momentum_bias=0.0, theta_bias=0.0,
+        store_every=1,
+    )  # fmt: skip
 
 
 def make_plan(config: RunConfig, world_size: int | None = None) -> Plan:

@@ -6,6 +6,7 @@ b chunk, h memory hidden width, L sequence length.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 from titans_train.shape import MemoryShape, ModelShape
@@ -27,10 +28,16 @@ def fast_weights(shape: ModelShape) -> int:
 
 
 def memory_core(shape: ModelShape, m: MemoryShape) -> int:
-    """q, k, v projections 3 D^2; their convolutions 3 D K; gates D H + H each; initial weights; gain and bias 2 D."""
+    """q, k, v projections 3 D^2; their convolutions 3 D K; gates D H + H each; initial weights; gain and bias 2 D.
+
+    Another paper's rule: the same projections and convolutions, its gates of n numbers D n, and its constants.
+    """
     width = shape.width
-    gates = (m.forgetting + m.momentum + m.write) * (width * shape.heads + shape.heads)
     convolutions = 3 * width * m.convolution if m.convolution > 1 else 0
+    if m.rule != "titans":
+        constants = sum(math.prod(size) for size in shape.peer_constants().values())
+        return 3 * width**2 + convolutions + width * sum(shape.peer_gates().values()) + constants
+    gates = (m.forgetting + m.momentum + m.write) * (width * shape.heads + shape.heads)
     return 3 * width**2 + convolutions + gates + fast_weights(shape) + (2 * width if m.residual_norm else 0)
 
 
@@ -107,11 +114,26 @@ def scan_forward_flops(shape: ModelShape, length: int) -> float:
     if shape.memory is None:
         return 0.0
     chunk = min(shape.memory.chunk_size, length)
+    if shape.memory.rule != "titans":
+        return peer_forward_flops(shape, chunk)
     products = 5 if shape.memory.momentum else 3
     flops = 0
     for n, (i, o) in enumerate(memory_layers(shape)):
         flops += 2 * i * o * (products + (n > 0)) + 2 * chunk * (i + o)
     return float(shape.heads * flops)
+
+
+def peer_forward_flops(shape: ModelShape, chunk: int) -> float:
+    """Of memory/peers/scan.py, per token, all heads: 4 d^2 to read and write the state and 4 b d within the chunk.
+
+    Rules that also remove (all but Mamba2): three more b x b products and their uses, the triangular system, and the
+    state's change: 14 b d + 4 d^2 + 2 d^3 / b.
+    """
+    assert shape.memory is not None
+    d, flops = shape.head_dim, 4.0 * shape.head_dim**2 + 4 * chunk * shape.head_dim
+    if shape.memory.rule != "mamba2":
+        flops += 14 * chunk * d + 4 * d**2 + 2 * d**3 / chunk
+    return shape.heads * flops
 
 
 def flops_per_token(shape: ModelShape, length: int) -> dict[str, float]:
@@ -126,7 +148,9 @@ def flops_per_token(shape: ModelShape, length: int) -> dict[str, float]:
     per_block = block_parameters(shape)
     scan = 3 * scan_forward_flops(shape, length)
     taps = shape.memory.convolution if shape.memory is not None and shape.memory.convolution > 1 else 0
-    fixed = fast_weights(shape) + (2 * width if shape.memory is not None and shape.memory.residual_norm else 0)
+    m = shape.memory
+    fixed = fast_weights(shape) if m is not None and m.rule == "titans" else 0
+    fixed += 2 * width if m is not None and m.residual_norm else 0
     memory = 6 * max(per_block["memory"] - fixed, 0)
     attention = 6 * per_block["attention"]
     if shape.block == "mac":

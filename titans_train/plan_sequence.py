@@ -81,7 +81,8 @@ def affine_flops(shape: ModelShape) -> float:
 def is_linear(shape: ModelShape) -> bool:
     """Whether the scan has an affine form."""
     m = shape.memory
-    return m is not None and shape.block != "mac" and m.depth == 1 and not m.residual_norm
+    linear = m is not None and m.rule == "titans" and m.depth == 1 and not m.residual_norm
+    return linear and shape.block != "mac"
 
 
 def efficiency(
@@ -129,6 +130,8 @@ def plan_sequence(
         return SequencePlan(1, length, "wavefront", 1, wave or 1, 1.0, "the sequence is whole")
     w = work(shape, length, shards)
     rows = sequences * (1 if shape.block == "mac" else shape.heads // tensor)
+    if shape.memory is not None and shape.memory.rule != "titans":
+        rows = 1  # the state is handed on whole
 
     def predicted(pieces: int, wave: int, affine: bool = False, blocked: bool = False) -> float:
         options = {"affine": affine, "blocked": blocked, "rows": rows}

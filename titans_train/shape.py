@@ -13,12 +13,31 @@ BLOCKS = ("transformer", "lmm", "mac", "mag", "mal")
 
 
 @dataclass(frozen=True)
+class PeerRule:
+    """What another paper's memory rule is given beside q, k and v, and what it learns: by "head" or by "channel"."""
+
+    gates: dict[str, str]
+    constants: dict[str, str]
+
+
+PEERS = {
+    "deltanet": PeerRule({"beta": "head"}, {}),
+    "gated_deltanet": PeerRule({"beta": "head", "decay": "head"}, {"A": "head", "bias": "head"}),
+    "mamba2": PeerRule({"decay": "head"}, {"A": "head", "bias": "head", "D": "head"}),
+    "rwkv7": PeerRule(
+        {"decay": "channel", "rate": "channel"}, dict.fromkeys(("bias", "removal", "mix", "bonus"), "channel")
+    ),
+}
+
+
+@dataclass(frozen=True)
 class MemoryShape:
     """The neural memory of one layer (design: Titans paper, section 3).
 
     `chunk_size` is part of the function computed, not a speed setting: it says how often the anchor moves.
     """
 
+    rule: str  # "titans", or a peer's (memory/peers): those have chunk_size (speed only) and convolution alone
     chunk_size: int  # b, tokens between two anchors
     depth: int  # weight matrices of the memory MLP, 1 to 4
     hidden: int  # width between them
@@ -69,6 +88,18 @@ class ModelShape:
     def from_dict(cls, data: dict[str, Any]) -> ModelShape:
         memory = MemoryShape(**data["memory"]) if data["memory"] else None
         return cls(**{**data, "memory": memory, "attention": AttentionShape(**data["attention"])})
+
+    def peer_gates(self) -> dict[str, int]:
+        """Widths of the gates of another paper's rule."""
+        assert self.memory is not None
+        of = {"head": self.heads, "channel": self.width}
+        return {name: of[by] for name, by in PEERS[self.memory.rule].gates.items()}
+
+    def peer_constants(self) -> dict[str, tuple[int, ...]]:
+        """Sizes of its learned constants, [H] or [H, d]."""
+        assert self.memory is not None
+        of: dict[str, tuple[int, ...]] = {"head": (self.heads,), "channel": (self.heads, self.head_dim)}
+        return {name: of[by] for name, by in PEERS[self.memory.rule].constants.items()}
 
     @property
     def has_memory(self) -> bool:

@@ -5,15 +5,16 @@ import torch
 
 from tests.data.corpus import run_config
 from titans_train.config.schema import Recall
-from titans_train.data import DataError, RecallDataset, loader, open_dataset
+from titans_train.data.recall import RecallTask
+from titans_train.data import DataError, SyntheticDataset, loader, open_dataset
 from titans_train.plan import make_plan
 
 TASK = Recall(pairs=16, keys=20, values=64, gap=30)
 LENGTH = 4 * 16 + 30 + 6
 
 
-def dataset(split: str = "train", seed: int = 0) -> RecallDataset:
-    return RecallDataset(TASK, seed, split, LENGTH, vocabulary=86)
+def dataset(split: str = "train", seed: int = 0) -> SyntheticDataset:
+    return SyntheticDataset(RecallTask(TASK), seed, split, LENGTH, vocabulary=86)
 
 
 def test_each_pair_comes_once_and_each_key_is_asked_once_after_the_gap() -> None:
@@ -62,4 +63,4 @@ def test_the_loader_serves_it_as_any_data(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_a_task_that_does_not_fit_is_refused(task: Recall, length: int, vocabulary: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        RecallDataset(task, 0, "train", length, vocabulary)
+        SyntheticDataset(RecallTask(task), 0, "train", length, vocabulary)

@@ -8,11 +8,15 @@ from typing import Any
 from titans_train.shape import AttentionShape, MemoryShape, ModelShape
 
 MEMORY = MemoryShape(
-    chunk_size=4, depth=2, hidden=12, activation="silu", residual_norm=True, momentum=True, forgetting=True,
+    rule="titans", chunk_size=4, depth=2, hidden=12, activation="silu", residual_norm=True, momentum=True, forgetting=True,
     write=True, normalize_values=True, convolution=4, key_start="token",
     theta_max=1.0, couple_theta=True, forget_bias=-3.0,
     momentum_bias=0.0, theta_bias=0.0, store_every=2,
 )  # fmt: skip
+PEER = {
+    "depth": 1, "hidden": 8, "residual_norm": False, "momentum": False, "forgetting": False, "normalize_values": False,
+    "store_every": 1,
+}  # fmt: skip
 ATTENTION = AttentionShape(window=6, segment=8, persistent_tokens=3, rope_base=10000.0)
 SHAPE = ModelShape(
     block="mag", layers=2, width=16, heads=2, head_dim=8, vocabulary=29, padded_vocabulary=32,
@@ -24,7 +28,13 @@ SHAPE = ModelShape(
 def tiny(
     block: str, *, memory: dict[str, Any] | None = None, attention: dict[str, Any] | None = None, **model: Any
 ) -> ModelShape:
-    """A small model of the given block; keyword arguments replace fields. The table is padded to a multiple of 8."""
+    """A small model of the given block, "block" or "block-rule"; keyword arguments replace fields.
+
+    The table is padded to a multiple of 8.
+    """
+    block, _, rule = block.partition("-")
+    if rule:
+        memory, attention = {"rule": rule, **PEER, **(memory or {})}, {"persistent_tokens": 0, **(attention or {})}
     if "vocabulary" in model:
         model["padded_vocabulary"] = -(-model["vocabulary"] // 8) * 8
     if block == "transformer":

@@ -11,8 +11,9 @@ from torch import Tensor
 from tests.models.shapes import tiny
 from titans_train.models import LanguageModel, recording
 from titans_train.models.state import ModelState
-from titans_train.shape import BLOCKS, ModelShape
+from titans_train.shape import BLOCKS, PEERS, ModelShape
 
+MODELS = (*BLOCKS, *(f"lmm-{rule}" for rule in PEERS), "mag-gated_deltanet", "mal-rwkv7")
 LENGTH = 27  # three segments of 8 and a ragged rest; ragged chunks of 4 as well
 
 
@@ -32,7 +33,7 @@ def starts_at(*rows: tuple[int, ...], length: int = 24) -> Tensor:
     return starts
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", MODELS)
 def test_changing_a_token_moves_nothing_before_it(block: str) -> None:
     model, x = build(tiny(block)), tokens()
     before = model(x).logits
@@ -44,7 +45,7 @@ def test_changing_a_token_moves_nothing_before_it(block: str) -> None:
         assert moved[t] > 1e-6
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", MODELS)
 @pytest.mark.parametrize("pieces", [[1] * LENGTH, [10, 1, 1, 7, 8]], ids=["tokens", "pieces"])
 def test_decoding_with_carried_state_equals_the_parallel_forward(block: str, pieces: list[int]) -> None:
     model, x = build(tiny(block)), tokens()
@@ -57,7 +58,7 @@ def test_decoding_with_carried_state_equals_the_parallel_forward(block: str, pie
     assert (torch.cat(outputs, 1) - whole).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", MODELS)
 def test_packed_documents_are_isolated(block: str) -> None:
     """Each document alone gives the same logits as packed, at different borders per row."""
     model, x = build(tiny(block)), tokens(length=24)
@@ -68,7 +69,7 @@ def test_packed_documents_are_isolated(block: str) -> None:
             assert (packed[row : row + 1, a:b] - alone).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", MODELS)
 def test_documents_stay_isolated_over_a_carried_state(block: str) -> None:
     model, x = build(tiny(block)), tokens(length=32)
     starts = starts_at((0, 8), (0, 16), length=32)
@@ -78,7 +79,7 @@ def test_documents_stay_isolated_over_a_carried_state(block: str) -> None:
     assert (rest - whole[:, 18:]).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", MODELS)
 def test_activation_checkpointing_gives_the_same_gradients(block: str) -> None:
     x = tokens()
     gradients = []
@@ -93,7 +94,7 @@ def test_activation_checkpointing_gives_the_same_gradients(block: str) -> None:
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-10, atol=1e-12), name
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", MODELS)
 def test_a_carried_state_survives_a_file_and_refuses_another_model(block: str, tmp_path: Path) -> None:
     shape, path = tiny(block), tmp_path / "state.safetensors"
     model, x = build(shape), tokens()

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from titans_train.benchmark.checkpoint_dcp import Blocks, LoadPlan, SavePlan
 from titans_train.benchmark.checkpoint_state import STEP, cut, whole_shapes
-from titans_train.data import RecallDataset, TokenDataset
+from titans_train.data import SyntheticDataset, TokenDataset
 from titans_train.parallel import Engine, Mesh, agree
 from titans_train.parallel.pieces import KINDS, Piece
 from titans_train.plan import Plan
@@ -36,7 +36,7 @@ class Mechanism:
     hashes = False
     any_layout = True
 
-    def __init__(self, engine: Engine, mesh: Mesh, plan: Plan, data: TokenDataset | RecallDataset) -> None:
+    def __init__(self, engine: Engine, mesh: Mesh, plan: Plan, data: TokenDataset | SyntheticDataset) -> None:
         """plan: of the engine; its run is this mechanism's alone."""
         self.engine, self.mesh, self.plan, self.data = engine, mesh, plan, data
         self.last = 0  # the round that was saved last

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titans_train.config import load_config
-from titans_train.data import RecallDataset, TokenDataset, open_dataset
+from titans_train.data import SyntheticDataset, TokenDataset, open_dataset
 from titans_train.data.cursor import Cursor
 from titans_train.data.sample import IGNORE
 from titans_train.evaluation.perplexity import evaluate
@@ -29,7 +29,7 @@ from titans_train.training.optimizer import learning_rate, make_optimizer
 EVALUATED = 128  # unseen sequences per point
 
 
-def steps(dataset: TokenDataset | RecallDataset, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
+def steps(dataset: TokenDataset | SyntheticDataset, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
     for step in range(plan.config.training.steps):
         samples = [dataset.sequence(n) for n in Cursor.constant(plan.config.training.global_batch_size).batch(step)]
         yield torch.stack([s.tokens for s in samples]), torch.stack([s.labels for s in samples])

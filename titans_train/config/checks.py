@@ -14,13 +14,15 @@ from typing import Any
 
 from titans_train.config.errors import Problem, nearest_divisors, nearest_multiples, show, use
 from titans_train.config.explain import UnknownValueError
-from titans_train.config.schema import Model, RunConfig
+from titans_train.config.schema import Memory, Model, RunConfig
 from titans_train.mixing import LONGEST_PERIOD, units
 
 Check = Callable[[RunConfig], Iterator[Problem]]
 
 ATTENTION_BLOCKS = ("transformer", "mac", "mag", "mal")
 WINDOW_BLOCKS = ("transformer", "mag", "mal")
+PEER_KEYS = ("rule", "chunk_size", "convolution")  # of `memory`, what other papers' rules have
+WIDEST_CHUNK = 64  # of RWKV-7: e^(64 * 0.61) is far below the largest float32
 
 
 def check_config(config: RunConfig, world_size: int | None = None) -> list[Problem]:
@@ -126,7 +128,7 @@ def scan(config: RunConfig) -> Iterator[Problem]:
     """How the scan crosses shards."""
     parallel, model = config.parallel, config.model
     if parallel.scan == "affine":
-        linear = config.memory.depth == 1 and not config.memory.residual_norm
+        linear = config.memory.depth == 1 and not config.memory.residual_norm and config.memory.rule == "titans"
         if model.block in ("transformer", "mac"):
             message = f"affine, but block {model.block} has no scan over a whole sequence"
             yield Problem("parallel.scan", message, "use null or wavefront")
@@ -145,6 +147,25 @@ def scan(config: RunConfig) -> Iterator[Problem]:
         of = "sequences" if model.block == "mac" else "sequences x heads"
         message = f"{parallel.pieces} is more than the {rows} {of} of a micro-batch on a rank"
         yield Problem("parallel.pieces", message, f"use at most {rows}, or null")
+
+
+def rule(config: RunConfig) -> Iterator[Problem]:
+    """What a memory with another paper's rule cannot be, and keys that mean nothing to it."""
+    memory, of = config.memory, f"memory.rule is {config.memory.rule}"
+    if config.model.block == "transformer" or memory.rule == "titans":
+        return
+    if config.model.block == "mac":
+        yield Problem("memory.rule", f"{memory.rule}, but block mac reads a memory apart from writing", "use titans")
+    if memory.rule == "rwkv7" and memory.chunk_size > WIDEST_CHUNK:
+        message = f"{memory.chunk_size}, but {of}, whose decays are safe in float32 over at most {WIDEST_CHUNK} tokens"
+        yield Problem("memory.chunk_size", message, f"use at most {WIDEST_CHUNK}; it changes no result")
+    if (config.parallel.pieces or 1) > 1:
+        message = f"{config.parallel.pieces}, but {of}, whose state is handed on whole"
+        yield Problem("parallel.pieces", message, "use 1 or null")
+    for name, field in Memory.model_fields.items():
+        value = getattr(memory, name)
+        if name not in PEER_KEYS and value != field.default:
+            yield Problem(f"memory.{name}", f"{show(value)}, but {of}, which has no such thing", "leave it out")
 
 
 def tensor(config: RunConfig) -> Iterator[Problem]:
@@ -192,9 +213,11 @@ def precision(config: RunConfig) -> Iterator[Problem]:
 
 def source(config: RunConfig) -> Iterator[Problem]:
     data = config.data
-    if data.source == "recall":
-        if data.recall is None:
-            yield Problem("data.recall", "null, but data.source is recall", "write 'recall: {pairs: 16}' below 'data:'")
+    if data.source != "shards":
+        if getattr(data, data.source) is None:
+            example = {"recall": "{pairs: 16}", "needles": "{digits: 4}"}[data.source]
+            message, remedy = f"null, but data.source is {data.source}", f"write '{data.source}: {example}' below 'data:'"
+            yield Problem(f"data.{data.source}", message, remedy)
     elif data.sources is None and not data.path:
         message = f"{show(data.path)}, but data.source is shards"
         yield Problem("data.path", message, "give the folder that python -m data_prep wrote")
@@ -271,12 +294,29 @@ def recall(config: RunConfig) -> Iterator[Problem]:
         yield Problem("model.vocabulary", message, f"use at least {symbols}")
 
 
+def needles(config: RunConfig) -> Iterator[Problem]:
+    task = config.data.needles
+    if config.data.source != "needles" or task is None:
+        return
+    if task.needles > task.keys:
+        message = f"{task.needles} needles need as many different keys, data.needles.keys is {task.keys}"
+        yield Problem("data.needles.needles", message, f"use at most {task.keys}, or data.needles.keys {task.needles}")
+    needed, given = (task.needles + 1) * (2 + task.digits), config.training.sequence_length
+    if needed > given:
+        message = f"{given} is too short for {task.needles} needles and a question of {2 + task.digits} tokens each"
+        yield Problem("training.sequence_length", message, f"use at least {needed}")
+    symbols, vocabulary = 2 + task.keys + task.symbols + task.words, config.model.vocabulary
+    if vocabulary < symbols:
+        message = f"{vocabulary} is too small for {task.keys} keys, {task.symbols} symbols, {task.words} words and 2 marks"
+        yield Problem("model.vocabulary", message, f"use at least {symbols}")
+
+
 def carried(config: RunConfig) -> Iterator[Problem]:
     """Rows that go on in the next batch: the data must let them, and what they carry must not grow."""
     if not config.training.carry_state:
         return
-    if config.data.source == "recall":
-        message = "true, but data.source is recall, whose sequences do not continue each other"
+    if config.data.source != "shards":
+        message = f"true, but data.source is {config.data.source}, whose sequences do not continue each other"
         yield Problem("training.carry_state", message, "use false, or data.source shards")
     if config.model.block == "transformer" and config.attention.window is None:
         message = "null, but training.carry_state is true: the keys of block transformer would grow without limit"
@@ -346,5 +386,5 @@ def mesh(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
 
 
 CHECKS: list[Check] = [
-    heads, segment, chunk, window, sequence, scan, tensor, precision, source, sources, recall, carried, batch, schedule,
+    heads, segment, chunk, window, rule, sequence, scan, tensor, precision, source, sources, recall, needles, carried, batch, schedule,
 ]  # fmt: skip

@@ -38,7 +38,10 @@ class Model(Section):
 
 
 class Memory(Section):
-    chunk_size: int = Field(default=64, ge=1, le=65536, description="b: tokens per anchor; part of the model")
+    rule: Literal["titans", "deltanet", "gated_deltanet", "mamba2", "rwkv7"] = Field(
+        default="titans", description="how the memory learns; others' rules, for comparison, have the * keys alone"
+    )
+    chunk_size: int = Field(default=64, ge=1, le=65536, description="* b: tokens per anchor; part of the model")
     depth: int = Field(default=2, ge=1, le=4)
     expansion: int = Field(default=4, ge=1, le=16, description="hidden width = expansion * head width")
     activation: Literal["silu", "gelu"] = "silu"
@@ -47,7 +50,7 @@ class Memory(Section):
     forgetting: bool = True
     write: bool = Field(default=True, description="false: theta = 0, the memory never learns (an ablation)")
     normalize_values: bool = True
-    convolution: int = Field(default=4, ge=1, le=64, description="taps; 1: none")
+    convolution: int = Field(default=4, ge=1, le=64, description="* taps; 1: none")
     key_start: Literal["token", "pair"] = Field(
         default="token", description="start of the keys' convolution: identity, or average with the token before"
     )
@@ -88,6 +91,19 @@ class Recall(Section):
     keys: int = Field(default=64, ge=1)
     values: int = Field(default=64, ge=2)
     gap: int = Field(default=64, ge=0, description="filler tokens between the last pair and the first query")
+    spread: float | None = Field(
+        default=None, gt=0, le=10, description="queries anywhere after the gap, at distances x^(spread - 1); null: dense"
+    )
+
+
+class Needles(Section):
+    """The synthetic needle in a haystack: values of several tokens, asked for at the end."""
+
+    needles: int = Field(default=1, ge=1, description="in the haystack; one is asked for")
+    keys: int = Field(default=32, ge=1)
+    digits: int = Field(default=4, ge=1, description="tokens of a value")
+    symbols: int = Field(default=10, ge=2, description="that a value's tokens are drawn from")
+    words: int = Field(default=64, ge=1, description="that the haystack is drawn from")
 
 
 class Source(Section):
@@ -97,7 +113,7 @@ class Source(Section):
 
 
 class Data(Section):
-    source: Literal["shards", "recall"] = "shards"
+    source: Literal["shards", "recall", "needles"] = "shards"
     path: str | None = Field(
         default=None, description="prepared folder or URL such as s3://bucket/folder; or give data.sources"
     )
@@ -113,6 +129,7 @@ class Data(Section):
     cache: str | None = Field(default=None, description="folder for decompressed shards; null: <run directory>/cache")
     cache_limit_gib: float | None = Field(default=None, gt=0, description="of a user's files there; null: none")
     recall: Recall | None = None
+    needles: Needles | None = None
 
 
 class Training(Section):

@@ -15,7 +15,7 @@ from titans_train.data.cursor import Cursor
 from titans_train.data.errors import DataError
 from titans_train.data.order import GROUP_SHARDS
 from titans_train.data.packing import Layout
-from titans_train.data.recall import RecallDataset
+from titans_train.data.synthetic import SyntheticDataset
 from titans_train.data.remote import Remote
 from titans_train.data.sample import Sample
 from titans_train.data.shards import ShardStore
@@ -157,7 +157,7 @@ def weights_of(config: RunConfig) -> Weights:
 
 def open_dataset(
     config: RunConfig, split: str = "train", alignment: int = 1, carried: bool | None = None
-) -> TokenDataset | RecallDataset:
+) -> TokenDataset | SyntheticDataset:
     """The dataset a run config names. `alignment`: the model's document alignment, ModelShape.document_alignment.
 
     Training is shuffled where data.shuffle says so (only its documents with training.carry_state); validation is every
@@ -166,8 +166,8 @@ def open_dataset(
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {SPLITS}")
-    if config.data.source == "recall":
-        return RecallDataset.from_config(config, split)
+    if config.data.source != "shards":
+        return SyntheticDataset.from_config(config, split)
     stores, layout = _open_stores(config, split), Layout(config.training.sequence_length, _isolates(config), alignment)
     cursor = Cursor.constant(config.training.global_batch_size)
     if split == "validation":

@@ -18,7 +18,7 @@ from titans_train.data.cursor import Cursor
 from titans_train.data.dataset import TokenDataset
 from titans_train.data.errors import DataError
 from titans_train.data.readers import Readers, out_of_signals, start_worker, worker_context
-from titans_train.data.recall import RecallDataset
+from titans_train.data.synthetic import SyntheticDataset
 
 if TYPE_CHECKING:
     from titans_train.config.schema import Data
@@ -45,7 +45,7 @@ class Batch:
         return Batch(self.tokens.pin_memory(), self.labels.pin_memory(), starts, self.sample_ids)
 
 
-def collect(dataset: TokenDataset | RecallDataset, numbers: list[int], begin: int = 0, end: int | None = None) -> Batch:
+def collect(dataset: TokenDataset | SyntheticDataset, numbers: list[int], begin: int = 0, end: int | None = None) -> Batch:
     """Positions [begin, end) of these sequences as one micro-batch."""
     found = dataset.sequences(numbers, begin, end)
     return Batch(found.tokens, found.labels, found.document_starts, numbers)
@@ -55,7 +55,7 @@ def collect(dataset: TokenDataset | RecallDataset, numbers: list[int], begin: in
 class _RankSteps(TorchDataset[Any]):
     """Map-style: item k is the micro-batches of step start + k for one rank, or the error that met it."""
 
-    dataset: TokenDataset | RecallDataset
+    dataset: TokenDataset | SyntheticDataset
     cursor: Cursor
     micro_batch_size: int
     rank: int
@@ -80,7 +80,7 @@ class _RankSteps(TorchDataset[Any]):
 
 
 def loader(
-    dataset: TokenDataset | RecallDataset,
+    dataset: TokenDataset | SyntheticDataset,
     plan: Plan,
     data_rank: int = 0,
     start_step: int = 0,

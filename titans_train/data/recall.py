@@ -1,115 +1,80 @@
 """Associative recall: a synthetic task that only a model with memory across the gap can do.
 
-A sequence: `pairs` times key, value; `gap` fillers; each key once more in random order, followed by its value;
-padding to the end. Labels are at the positions of the queried keys only (label = the value), so accuracy on the
-labelled positions is the recall, and chance is 1 / values.
+A sequence: `pairs` times key, value; `gap` fillers; each key once more in random order, and its value is asked for;
+then padding. Labels are at the positions of the queried keys only (label = the value), so accuracy on the labelled
+positions is the recall, and chance is 1 / values.
+
+Without `spread` the queries follow each other, each with its value. With `spread` = a it is multi-query associative
+recall as in Zoology (arXiv 2312.04927, appendix): queries stand anywhere in the rest of the sequence, gaps drawn from
+a density proportional to x^(a - 1), and no value follows; 0.01 there.
 
 Token ids: keys 0..keys-1, values keys..keys+values-1, then one filler, then one for padding.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
-from titans_train.data.cursor import Cursor
-from titans_train.data.errors import DataError
 from titans_train.data.order import permutation, random_bits
-from titans_train.data.sample import IGNORE, Sample
-from titans_train.mixing import Weights
+from titans_train.data.sample import IGNORE
 
 if TYPE_CHECKING:
-    from titans_train.config.schema import Recall, RunConfig
+    from titans_train.config.schema import Recall
 
-_SPLIT_KEY = {"train": 0, "validation": 1}
-_SEQUENCES_TOTAL = {"train": 1 << 24, "validation": 1 << 10}
-
-
-def tokens_needed(recall: Recall) -> int:
-    """Shortest sequence that holds the task."""
-    return 4 * recall.pairs + recall.gap
+Integers = NDArray[np.int64]
 
 
-def vocabulary_needed(recall: Recall) -> int:
-    return recall.keys + recall.values + 2
+class RecallTask:
+    name, tag = "recall", 0x7265
 
+    def __init__(self, settings: Recall) -> None:
+        self.settings = settings
 
-class RecallDataset:
-    """Sequences by number, made on the fly from (seed, split, number)."""
-
-    bytes_per_token: float | None = None  # there is no text behind the tokens
-    dropped_tokens = 0
-    padding_share = 0.0
-
-    def __init__(self, recall: Recall, seed: int, split: str, sequence_length: int, vocabulary: int) -> None:
-        """DataError when the task does not fit the sequence length, the vocabulary or its own number of keys."""
-        if recall.pairs > recall.keys:
-            raise DataError(f"data.recall.pairs {recall.pairs} > data.recall.keys {recall.keys}; keys do not repeat")
-        if tokens_needed(recall) > sequence_length:
-            raise DataError(
-                f"recall needs 4 * pairs + gap = {tokens_needed(recall)} tokens, training.sequence_length is "
-                f"{sequence_length}; raise it or lower data.recall.pairs or gap"
+    def problem(self, length: int, vocabulary: int) -> str | None:
+        task = self.settings
+        needed, symbols = 4 * task.pairs + task.gap, task.keys + task.values + 2
+        if task.pairs > task.keys:
+            return f"data.recall.pairs {task.pairs} > data.recall.keys {task.keys}; keys do not repeat"
+        if needed > length:
+            return (
+                f"recall needs 4 * pairs + gap = {needed} tokens, training.sequence_length is {length}; raise it or "
+                "lower data.recall.pairs or gap"
             )
-        if vocabulary_needed(recall) > vocabulary:
-            raise DataError(
-                f"recall needs keys + values + 2 = {vocabulary_needed(recall)} token ids, model.vocabulary is "
-                f"{vocabulary}; raise it"
+        if symbols > vocabulary:
+            return (
+                f"recall needs keys + values + 2 = {symbols} token ids, model.vocabulary is {vocabulary}; raise it"
             )
-        self._recall = recall
-        self._key = (seed, 0x7265, _SPLIT_KEY[split])
-        self.length = sequence_length
-        self.sequences_total = _SEQUENCES_TOTAL[split]
-        settings = json.dumps([recall.model_dump(), *self._key], sort_keys=True)
-        self.weights: Weights = ((0, {"recall": 1.0}),)
-        self.tokenizer: dict[str, str] | None = None
-        self.fingerprints = {"recall": hashlib.sha256(settings.encode()).hexdigest()[:16]}
+        return None
 
-    @classmethod
-    def from_config(cls, config: RunConfig, split: str) -> RecallDataset:
-        if config.data.recall is None:
-            raise DataError("data.source is recall but there is no section data.recall; add it")
-        length, vocabulary = config.training.sequence_length, config.model.vocabulary
-        return cls(config.data.recall, config.run.seed, split, length, vocabulary)
-
-    def at(self, cursor: Cursor) -> RecallDataset:
-        """The same: no step changes it."""
-        return self
-
-    def readers_started(self) -> None:
-        pass
-
-    def describe(self, sequences: int) -> list[str]:
-        return []
-
-    def figures(self, sequences: int) -> dict[str, dict[str, float]]:
-        return {}
-
-    def sequences(self, numbers: Sequence[int], begin: int = 0, end: int | None = None) -> Sample:
-        """Positions [begin, end) of these sequences: tokens, labels [n, end - begin] int64; no document starts."""
-        found = [self.sequence(number) for number in numbers]
-        tokens, labels = (torch.stack([getattr(s, name)[begin:end] for s in found]) for name in ("tokens", "labels"))
-        return Sample(tokens, labels, None)
-
-    def sequence(self, number: int) -> Sample:
-        """tokens, labels [length] int64; no document starts."""
-        task, key = self._recall, (*self._key, number)
+    def draw(self, key: tuple[int, ...], length: int) -> tuple[Integers, Integers]:
+        task = self.settings
         keys = permutation(task.keys, *key, 0)[: task.pairs]
         values = task.keys + (random_bits(task.pairs, *key, 1) % np.uint64(task.values)).astype(np.int64)
         queries = permutation(task.pairs, *key, 2)
         filler, padding = task.keys + task.values, task.keys + task.values + 1
 
-        tokens = np.full(self.length, padding, np.int64)
-        labels = np.full(self.length, IGNORE, np.int64)
+        tokens = np.full(length, padding, np.int64)
+        labels = np.full(length, IGNORE, np.int64)
         pairs_end = 2 * task.pairs
         asked = pairs_end + task.gap
         tokens[0:pairs_end:2], tokens[1:pairs_end:2] = keys, values
         tokens[pairs_end:asked] = filler
-        tokens[asked : asked + pairs_end : 2] = keys[queries]
-        tokens[asked + 1 : asked + pairs_end : 2] = values[queries]
-        labels[asked : asked + pairs_end : 2] = values[queries]
-        return Sample(torch.from_numpy(tokens), torch.from_numpy(labels), None)
+        if task.spread is not None:
+            places = asked + 2 * _gaps(task.pairs, (length - asked) // 2, task.spread, key)
+            tokens[asked:] = filler
+        else:
+            places = asked + 2 * np.arange(task.pairs)
+            tokens[places + 1] = values[queries]
+        tokens[places], labels[places] = keys[queries], values[queries]
+        return tokens, labels
+
+
+def _gaps(count: int, slots: int, power: float, key: tuple[int, ...]) -> Integers:
+    """`count` different numbers below `slots`, in random order, drawn with weights (x + 1)^(power - 1)."""
+    uniform = (random_bits(slots, *key, 3) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    weights = np.arange(1, slots + 1, dtype=np.float64) ** (power - 1)
+    # the k smallest of independent exponential times with these rates are a draw without replacement
+    return np.argsort(-np.log1p(-uniform) / weights, kind="stable")[:count].astype(np.int64)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from titans_train.data import RecallDataset, TokenDataset
+from titans_train.data import SyntheticDataset, TokenDataset
 from titans_train.data.sample import IGNORE
 
 
 @torch.inference_mode()
 def evaluate(
-    model: Any, dataset: TokenDataset | RecallDataset, sequences: int | None = None, batch: int = 8
+    model: Any, dataset: TokenDataset | SyntheticDataset, sequences: int | None = None, batch: int = 8
 ) -> dict[str, float]:
     """Over the first `sequences` (None: all): loss in nats per token, perplexity, bits per byte of text, accuracy.
 

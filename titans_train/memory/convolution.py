@@ -5,13 +5,17 @@ Shapes: x [B, L, D]; tail [B, K - 1, D], the inputs before x; positions [B, L], 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from titans_train.models.neighbours import Neighbours
     from titans_train.models.parts import Parts
+
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 def document_positions(document_starts: Tensor | None) -> Tensor | None:
@@ -65,3 +69,23 @@ class CausalConvolution(nn.Module):
                 shifted = shifted * (positions >= j)[:, :, None]
             y = torch.addcmul(y, shifted, self.weight[j])
         return y
+
+
+def convolve(
+    convolutions: Sequence[CausalConvolution],
+    inputs: Sequence[Tensor],
+    tails: Three,
+    positions: Tensor | None,
+    across: Neighbours | None,
+) -> tuple[Three, Three]:
+    """Of a memory's q, k and v: what the convolutions make of them, and the tails that go on to the right.
+
+    across: given, these are a shard's tokens, and `tails` those before the first shard.
+    """
+    q, k, v = inputs
+    after = tuple(c.tail(x, t, positions) for c, x, t in zip(convolutions, inputs, tails, strict=True))
+    if across is not None and convolutions[0].taps > 1:
+        q = across.send("tails", q, after)
+        tails = tuple(across.receive("tails", tails))  # type: ignore[assignment]
+    made = tuple(c(x, t, positions) for c, x, t in zip(convolutions, (q, k, v), tails, strict=True))
+    return made, after  # type: ignore[return-value]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans_train.memory.convolution import CausalConvolution, document_positions
+from titans_train.memory.convolution import CausalConvolution, convolve, document_positions
 from titans_train.memory.learned import Learned
 from titans_train.memory.recurrence import memory_mlp
 from titans_train.memory.scan import memory_scan
@@ -41,6 +41,8 @@ def memory_sections(shape: ModelShape) -> dict[str, int]:
     """What the layer is given, by name, and how wide."""
     assert shape.memory is not None
     qkv = dict.fromkeys(("memory_q", "memory_k", "memory_v"), shape.width)
+    if shape.memory.rule != "titans":
+        return qkv | shape.peer_gates()
     return qkv | dict.fromkeys(gate_biases(shape.memory), shape.heads)
 
 
@@ -118,7 +120,11 @@ class NeuralMemory(nn.Module):
 
     def query(self, q: Tensor, tail: Tensor, positions: Tensor | None) -> Tensor:
         """l2-normalised queries [B, H, L, d] of projected ones [B, L, H d]."""
-        return F.normalize(self.split(F.silu(self.q_conv(q, tail, positions))), dim=-1, eps=1e-6)
+        return self._unit(self.q_conv(q, tail, positions))
+
+    def _unit(self, x: Tensor) -> Tensor:
+        """Of a convolution's output, [B, L, H d] -> [B, H, L, d]"""
+        return F.normalize(self.split(F.silu(x)), dim=-1, eps=1e-6)
 
     def read(self, q: Tensor, memory: MemoryState, tail: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Reads without writing (MAC's h): heads [B, L, H, d], and the query convolution's new tail."""
@@ -160,17 +166,10 @@ class NeuralMemory(nn.Module):
         ends: the state that this ends with counts there.
         """
         positions = document_positions(document_starts)
-        raw, tails = [given["memory_q"], given["memory_k"], given["memory_v"]], state.tails
-        convolutions = [self.q_conv, self.k_conv, self.v_conv]
-        after = tuple(c.tail(x, t, positions) for c, x, t in zip(convolutions, raw, tails, strict=True))
-        if across is not None and self.shape.convolution > 1:
-            raw[0] = across.send("tails", raw[0], after)
-            tails = tuple(across.receive("tails", tails))  # type: ignore[assignment]
-        q = self.query(raw[0], tails[0], positions)
-        k, v = self.k_conv(raw[1], tails[1], positions), self.v_conv(raw[2], tails[2], positions)
-        k, v = F.normalize(self.split(F.silu(k)), dim=-1, eps=1e-6), self.split(F.silu(v))
-        if self.shape.normalize_values:
-            v = F.normalize(v, dim=-1, eps=1e-6)
+        inputs = [given["memory_q"], given["memory_k"], given["memory_v"]]
+        convolved, tails = convolve([self.q_conv, self.k_conv, self.v_conv], inputs, state.tails, positions, across)
+        q, k = self._unit(convolved[0]), self._unit(convolved[1])
+        v = self._unit(convolved[2]) if self.shape.normalize_values else self.split(F.silu(convolved[2]))
         alpha, eta, theta = self.gate_values(given)
         surprises: list[Tensor] | None = [] if record and self.records is not None else None
         gain, bias = self.gain_and_bias()
@@ -183,7 +182,7 @@ class NeuralMemory(nn.Module):
         )  # fmt: skip
         if surprises:
             self._record(surprises, alpha, eta, theta, memory if ends else None)
-        return y.transpose(1, 2), MemoryLayerState(memory, after)  # type: ignore[arg-type]
+        return y.transpose(1, 2), MemoryLayerState(memory, tails)
 
     @torch.no_grad()
     def _record(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from titans_train.memory.layer import Inputs, MemoryLayerState, NeuralMemory, memory_sections
 from titans_train.memory.learned import Learned
+from titans_train.memory.peers.layer import PeerMemory
 from titans_train.memory.state import MemoryState
 from titans_train.models.attention import Attention, AttentionState, attention_sections
 from titans_train.models.layers import FeedForward, HeadNorm, RMSNorm
@@ -52,7 +53,8 @@ class MemoryBranch(nn.Module):
 
     def __init__(self, shape: ModelShape, parts: Parts) -> None:
         super().__init__()
-        self.memory = NeuralMemory(shape, parts)
+        assert shape.memory is not None
+        self.memory = NeuralMemory(shape, parts) if shape.memory.rule == "titans" else PeerMemory(shape, parts)
 
     def after_persistent(self, persistent: Inputs | None) -> tuple[MemoryState, Tensor | None]:
         """Memory state [1, ...] after the persistent tokens, and their heads [1, P, H, d]."""
@@ -76,7 +78,8 @@ class MemoryBranch(nn.Module):
         if state is None or document_starts is not None or persistent is not None:
             start, persistent_heads = self.after_persistent(persistent)
         if state is None:
-            state = self.memory.initial_state(given["memory_q"], start)
+            x = given["memory_q"]
+            state = MemoryLayerState(start.expand(x.shape[0]), self.memory.empty_tails(x))
         heads, state = self.memory(given, state, document_starts, start, across)
         return heads, state, persistent_heads
 

@@ -21,7 +21,7 @@ from threading import Event
 from typing import Any
 
 from data_prep.durable import flush_folder
-from titans_train.data import RecallDataset, TokenDataset
+from titans_train.data import SyntheticDataset, TokenDataset
 from titans_train.data.cursor import record
 from titans_train.errors import UserError
 from titans_train.models.state import ModelState
@@ -46,7 +46,7 @@ class Saver:
         self,
         engine: Engine,
         plan: Plan,
-        data: TokenDataset | RecallDataset,
+        data: TokenDataset | SyntheticDataset,
         mesh: Mesh,
         carried: CarriedStates | None,
         say: Callable[[str], None],

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans_train.data import Batch, RecallDataset, TokenDataset, loader, open_dataset
+from titans_train.data import Batch, SyntheticDataset, TokenDataset, loader, open_dataset
 from titans_train.errors import UserError
 from titans_train.models import LanguageModel, recording
 from titans_train.monitoring import signals
@@ -42,7 +42,7 @@ from titans_train.training.resume import resume
 from titans_train.training.step import StepResult, train_step
 from titans_train.training.validation import validate
 
-Dataset = TokenDataset | RecallDataset
+Dataset = TokenDataset | SyntheticDataset
 
 
 def build_engine(plan: Plan, mesh: Mesh) -> Engine:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from titans_train.data import RecallDataset, TokenDataset
+from titans_train.data import SyntheticDataset, TokenDataset
 from titans_train.data.cursor import check_goes_on, read_cursor
 from titans_train.errors import UserError
 from titans_train.parallel import Engine, Mesh, agree, gather
@@ -24,7 +24,7 @@ from titans_train.training.progress import Progress
 def resume(
     engine: Engine,
     plan: Plan,
-    data: TokenDataset | RecallDataset,
+    data: TokenDataset | SyntheticDataset,
     mesh: Mesh,
     carried: CarriedStates | None = None,
 ) -> Progress:
@@ -86,7 +86,7 @@ def _set_aside(path: Path, damage: str) -> None:
     sys.stderr.flush()
 
 
-def _check(found: Checkpoint, plan: Plan, engine: Engine, data: TokenDataset | RecallDataset) -> None:
+def _check(found: Checkpoint, plan: Plan, engine: Engine, data: TokenDataset | SyntheticDataset) -> None:
     """UserError where this run's model or data are not the checkpoint's."""
     theirs: dict[str, Any] = found.manifest["shape"]
     ours = json.loads(json.dumps(plan.shape.to_dict()))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from titans_train.data import RecallDataset, TokenDataset
+from titans_train.data import SyntheticDataset, TokenDataset
 from titans_train.data.loader import collect
 from titans_train.data.sample import IGNORE
 from titans_train.models.parts import Parts
@@ -18,7 +18,7 @@ from titans_train.training.step import forward
 
 def validate(
     engine: Engine,
-    dataset: TokenDataset | RecallDataset,
+    dataset: TokenDataset | SyntheticDataset,
     sequences: int,
     micro_batch: int,
     mesh: Mesh,
