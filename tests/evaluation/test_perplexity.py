@@ -12,7 +12,7 @@ from tests.data.corpus import prepare_folder, run_config
 from tests.models.shapes import tiny
 from titans_train.config.schema import Recall
 from titans_train.data import open_dataset
-from titans_train.evaluation import evaluate
+from titans_train.evaluation.perplexity import evaluate
 from titans_train.models import LanguageModel
 
 

@@ -1,6 +1,5 @@
-"""Evaluation of checkpoints: loss, perplexity and bits per byte on prepared data; accuracy on synthetic recall."""
+"""Evaluation of checkpoints (verb `evaluate`): a task is a module <name>_task.py; all score labels by scoring.py."""
 
 from titans_train.evaluation.command import main
-from titans_train.evaluation.perplexity import evaluate
 
-__all__ = ["evaluate", "main"]
+__all__ = ["main"]

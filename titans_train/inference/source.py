@@ -19,6 +19,7 @@ from titans_train.inference.exported import Exported, is_export
 from titans_train.models import LanguageModel
 from titans_train.models.stored import build
 from titans_train.plan import resolve_shape
+from titans_train.shape import ModelShape
 from titans_train.untrusted import read_bounded
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def find(name: str, overrides: list[str], checkpoint: str | None = None) -> Sour
     return Source(stored, _with_cache(config, stored), trained)
 
 
-def load_checked(source: Source) -> tuple[LanguageModel, dict[str, Any]]:
-    """The model, on the CPU in fp32 and in eval mode, and its manifest. UserError: the config describes another one."""
+def shape_of(source: Source) -> ModelShape:
+    """The architecture. UserError: the config describes another one than is stored."""
     shape = resolve_shape(source.config)
     differing = _differences(shape.to_dict(), source.record["shape"])
     if differing:
@@ -67,7 +68,12 @@ def load_checked(source: Source) -> tuple[LanguageModel, dict[str, Any]]:
             f"checkpoint {source.checkpoint} holds another model than the config describes: {'; '.join(differing)}; "
             "give the config that it was trained with, or name its folder instead of a config"
         )
-    return build(shape, source.stored), source.record
+    return shape
+
+
+def load_checked(source: Source) -> tuple[LanguageModel, dict[str, Any]]:
+    """The model, on the CPU in fp32 and in eval mode, and its manifest. UserError as `shape_of`."""
+    return build(shape_of(source), source.stored), source.record
 
 
 def tokenizer_of(source: Source) -> Tokenizer:

@@ -34,6 +34,8 @@ BLOCK_TYPES: dict[str, type[Block]] = {
 class ModelOutput:
     loss_sum: Tensor | None = None  # sum of token cross-entropies, float32 or better
     logits: Tensor | None = None  # [B, L, V], only where no labels were given
+    losses: Tensor | None = None  # [B, L] cross-entropies, only where scores were asked for; 0: no label
+    right: Tensor | None = None  # [B, L] bool: the likeliest token is the label
     state: ModelState | None = None
 
 
@@ -74,10 +76,12 @@ class LanguageModel(nn.Module):
         document_starts: Tensor | None = None,
         state: ModelState | None = None,
         return_state: bool = False,
+        scores: bool = False,
     ) -> ModelOutput:
         """tokens, labels [B, L] int64 (label t is the token after t; -100: none); document_starts [B, L] bool.
 
-        With `state`, tokens continue an earlier call. Labels given: loss_sum; else logits.
+        With `state`, tokens continue an earlier call. Labels given: loss_sum, or with `scores` losses and right; else
+        logits.
         """
         x, states = self.hidden(tokens, document_starts, state)
         head = self.embedding if self.head is None else self.head
@@ -86,6 +90,9 @@ class LanguageModel(nn.Module):
         if labels is None:
             by_token = logits[:, : self.shape.vocabulary].unflatten(0, tokens.shape)
             return ModelOutput(logits=by_token, state=carried)
+        if scores:
+            losses, right = self.parts.token_scores(logits, labels.flatten())
+            return ModelOutput(losses=losses.view(tokens.shape), right=right.view(tokens.shape), state=carried)
         return ModelOutput(loss_sum=self.parts.cross_entropy_sum(logits, labels.flatten()), state=carried)
 
 

@@ -15,6 +15,7 @@ enter and leave it by one of these ways:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol
 
 import torch
@@ -58,6 +59,13 @@ class Parts(Protocol):
 
     def cross_entropy_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits as a table gives them, labels [N] with -100 ignored -> the sum, in float32 or better."""
+
+    def token_scores(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As above -> cross-entropies [N], 0 where ignored; and whether the likeliest token (of equals the first) is
+        the label, [N] bool. Uses the logits up."""
+
+    def sequences_of(self, length: int) -> AbstractContextManager[None]:
+        """Within, whole sequences have so many tokens; over shards, of which each has an equal share."""
 
 
 def take(sections: Sections, only: Sequence[str] | None) -> tuple[int, list[str], list[int]]:
@@ -146,3 +154,11 @@ class SingleDevice:
     def cross_entropy_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(wide, labels, reduction="sum", ignore_index=-100)
+
+    def token_scores(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(wide, labels, reduction="none", ignore_index=-100)
+        return losses, wide.argmax(-1) == labels
+
+    def sequences_of(self, length: int) -> AbstractContextManager[None]:
+        return nullcontext()

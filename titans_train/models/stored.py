@@ -26,8 +26,8 @@ class Stored(Protocol):
     def tensor(self, kind: str, name: str) -> Tensor: ...
 
 
-def build(shape: ModelShape, stored: Stored) -> LanguageModel:
-    """On the CPU, fp32, in eval mode. UserError where other parameters are stored; no memory is taken before."""
+def check(shape: ModelShape, stored: Stored) -> None:
+    """UserError where other parameters are stored; takes no memory."""
     with torch.device("meta"):
         wanted = {name: tuple(value.shape) for name, value in LanguageModel(shape).named_parameters()}
     found = stored.names()
@@ -36,6 +36,11 @@ def build(shape: ModelShape, stored: Stored) -> LanguageModel:
     for name in found:
         if stored.shape_of(name) != wanted[name]:
             raise UserError(f"{stored.path} has {name} as {stored.shape_of(name)}, its model as {wanted[name]}")
+
+
+def build(shape: ModelShape, stored: Stored) -> LanguageModel:
+    """On the CPU, fp32, in eval mode. UserError where other parameters are stored."""
+    check(shape, stored)
     model = LanguageModel(shape)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

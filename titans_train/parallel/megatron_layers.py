@@ -129,3 +129,14 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """parts.cross_entropy_sum of logits [N, share], in float32."""
     losses = vocab_parallel_cross_entropy(logits, labels.clamp_min(0))
     return (losses * (labels >= 0)).sum()
+
+
+def token_scores(logits: Tensor, labels: Tensor, ranks: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """parts.token_scores of logits [N, share], losses in float32."""
+    best, place = logits.max(-1)
+    most = best.float().contiguous()
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=ranks)
+    first = torch.where(best.float() == most, place + ranks.rank() * logits.shape[-1], torch.iinfo(torch.int64).max)
+    dist.all_reduce(first, dist.ReduceOp.MIN, group=ranks)
+    losses = vocab_parallel_cross_entropy(logits, labels.clamp_min(0))  # works in place
+    return losses * (labels >= 0), first == labels

@@ -45,10 +45,13 @@ class Shards:
     """Of one layer."""
 
     def __init__(self, links: Links, layer: int, settings: ShardSettings) -> None:
-        self.links, self.layer, self.settings = links, layer, settings
-        self.position = links.shard * settings.length
+        self.links, self.layer = links, layer
+        self.set(settings)
         self.anchor = torch.zeros((), requires_grad=True)
         self.tape: Tape | None = None
+
+    def set(self, settings: ShardSettings) -> None:
+        self.settings, self.position = settings, self.links.shard * settings.length
 
     # ---- messages
 

@@ -6,7 +6,9 @@ partial gradient on each: a hook sums it as backward makes it, before ZeRO sees 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,9 +38,27 @@ class SequenceShards(SingleDevice):
 
     def __init__(self, mesh: Mesh, settings: ShardSettings) -> None:
         self.links, self.settings = Links(mesh), settings
+        self.layers: list[Shards] = []
 
     def neighbours(self, layer: int) -> Neighbours:
-        return Shards(self.links, layer, self.settings)
+        self.layers.append(Shards(self.links, layer, self.settings))
+        return self.layers[-1]
+
+    @contextmanager
+    def sequences_of(self, length: int) -> Iterator[None]:
+        before = self.settings
+        if length % self.links.shards:
+            raise ValueError(f"{length} tokens cannot be cut into {self.links.shards} equal shards")
+        self._set(replace(before, length=length // self.links.shards))
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, settings: ShardSettings) -> None:
+        self.settings = settings
+        for shards in self.layers:
+            shards.set(settings)
 
     def shard(self, x: Tensor) -> Tensor:
         first = self.links.shard * self.settings.length
@@ -55,6 +75,7 @@ class TensorParallel:
         from titans_train.parallel import megatron_layers
 
         self.neighbours, self.shard, self.finish = along.neighbours, along.shard, along.finish
+        self.sequences_of = along.sequences_of
         self.layers = megatron_layers
         self.size, self.rank = mesh.tensor, mesh.tensor_rank
         self.options: dict[str, Any] = {"ranks": tensor_group(mesh), "sequence_parallel": sequence_parallel}
@@ -91,3 +112,6 @@ class TensorParallel:
 
     def cross_entropy_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self.layers.cross_entropy_sum(logits, labels)
+
+    def token_scores(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layers.token_scores(logits, labels, self.options["ranks"])
