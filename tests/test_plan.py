@@ -15,9 +15,10 @@ from tests.models.shapes import tiny
 from titans_train import plan_counts
 from titans_train.config import ConfigError
 from titans_train.memory import MemoryState, memory_scan
+from titans_train.memory.peers.scan import linear_scan
 from titans_train.models.language_model import LanguageModel
 from titans_train.plan import PlanError, human_bytes, make_plan, resolve_shape
-from titans_train.shape import BLOCKS, ModelShape
+from titans_train.shape import BLOCKS, PEERS, ModelShape
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -36,6 +37,28 @@ def test_the_plan_counts_the_parameters_of_the_built_model(block: str, options: 
     shape = tiny(block, **options)
     model = LanguageModel(shape)
     assert sum(plan_counts.parameters(shape).values()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("rule", PEERS)
+@pytest.mark.parametrize("block", ["lmm", "mag", "mal"])
+def test_the_plan_counts_the_parameters_of_other_papers_rules(block: str, rule: str) -> None:
+    shape = tiny(f"{block}-{rule}")
+    assert sum(plan_counts.parameters(shape).values()) == sum(p.numel() for p in LanguageModel(shape).parameters())
+
+
+@pytest.mark.parametrize("rule", PEERS)
+@pytest.mark.parametrize("chunk", [4, 16])
+def test_flops_of_other_papers_rules_are_those_of_their_products(rule: str, chunk: int) -> None:
+    """The triangular system counts as a product with half a matrix; torch does not count it."""
+    shape = tiny(f"lmm-{rule}", memory={"chunk_size": chunk})
+    length = 4 * chunk
+    q, k, v, a = torch.randn(4, 1, shape.heads, length, shape.head_dim)
+    decay = -torch.rand(k.shape if rule == "rwkv7" else k.shape[:3])
+    pair = (None, None) if rule == "mamba2" else (a, -a)
+    state = torch.zeros(1, shape.heads, shape.head_dim, shape.head_dim)
+    counted = counted_flops(lambda: linear_scan(q, k, v, decay, *pair, state, chunk_size=chunk))
+    system = 0 if rule == "mamba2" else chunk * 2 * shape.head_dim * shape.heads * length
+    assert counted + system == pytest.approx(plan_counts.peer_forward_flops(shape, chunk) * length)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

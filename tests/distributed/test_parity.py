@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from titans_train.benchmark.parity import LAYOUTS, SHARDED, Layout, failures, run
-from titans_train.shape import BLOCKS
+from titans_train.shape import BLOCKS, PEERS
 
 # Three AdamW steps of 1e-3: where a gradient is near zero, rounding that is divided by its own size moves a parameter.
 PARAMETER_LIMIT = 1e-4
@@ -39,6 +39,12 @@ def test_sequence_shards_on_two_ranks() -> None:
     rows = run(list(BLOCKS), [Layout(), Layout(sequence=2)], [1, 2, 3], ["float32", "bfloat16", "float64"])
     assert len(rows) == len(BLOCKS) * (3 + 3 + 3 + 3 + 1)
     check(rows)
+
+
+def test_other_papers_rules_on_two_ranks() -> None:
+    layouts = [Layout(), Layout(tensor=2, sequence_parallel=True), Layout(sequence=2)]
+    check(run([f"lmm-{rule}" for rule in PEERS], layouts[1:], [1], ["float32", "float64"]))
+    check(run(["mag-gated_deltanet", "mal-rwkv7"], layouts, [1, 3], ["float32", "bfloat16"]))
 
 
 def test_sequence_shards_beside_tensor_and_data_parallelism_on_four_ranks() -> None:

@@ -13,12 +13,12 @@ from typing import Any
 
 from titans_train.benchmark.layouts_worker import work
 from titans_train.benchmark.processes import parser_of, report, rows_of
-from titans_train.shape import BLOCKS
+from titans_train.shape import BLOCKS, PEERS
 
 
 @dataclass(frozen=True)
 class Layout:
-    block: str
+    block: str  # or block-rule
     tensor: int = 1
     data: int = 1
     sequence_parallel: bool = False
@@ -36,6 +36,9 @@ class Layout:
 
 LAYOUTS = [
     *(Layout(block, tensor=2, sequence_parallel=shared) for block in BLOCKS for shared in (False, True)),
+    *(Layout(f"lmm-{rule}", tensor=2) for rule in PEERS),
+    *(Layout(f"lmm-{rule}", sequence=2) for rule in ("gated_deltanet", "rwkv7")),
+    Layout("mag-gated_deltanet", tensor=2, sequence_parallel=True),
     Layout("mag", data=2),
     Layout("mag", data=2, zero=2, dtype="bfloat16"),
     Layout("mag", data=2, zero=3),

@@ -25,11 +25,12 @@ WIDTH, LAYERS, LENGTH, MICRO, VOCABULARY = 256, 2, 256, 2, 2000
 
 
 def plan_of(layout: dict[str, Any]) -> Plan:
-    block = layout["block"]
+    block, _, rule = layout["block"].partition("-")
     config: dict[str, Any] = {
         "run": {"name": "layouts", "dtype": layout["dtype"]},
         "model": {"block": block, "layers": LAYERS, "width": WIDTH, "heads": 4, "vocabulary": VOCABULARY},
-        "memory": {"chunk_size": 32} | ({"depth": 1, "residual_norm": False} if layout["linear"] else {}),
+        "memory": {"chunk_size": 32} | ({"depth": 1, "residual_norm": False} if layout["linear"] else {})
+        | ({"rule": rule} if rule else {}),
         "attention": {"window": 64, "persistent_tokens": 4} | ({"segment": 64} if block == "mac" else {}),
         "parallel": {
             "zero_stage": layout["zero"], "tensor": layout["tensor"], "sequence_parallel": layout["sequence_parallel"],

@@ -16,27 +16,29 @@ STEPS, RATE, ROWS, LENGTH, CLIP, VOCABULARY = 3, 1e-3, 8, 16, 0.5, 200  # padded
 
 
 def plan_of(block: str, stage: int, layout: dict[str, Any], dtype: str) -> Any:
+    """block: "mag", or with another paper's rule "mag-gated_deltanet"."""
     from titans_train.config import RunConfig
     from titans_train.plan import make_plan
 
-    micro = ROWS // 2 // layout["data"]
+    block, _, rule = block.partition("-")
+    micro, pieces = ROWS // 2 // layout["data"], 1 if rule else 2
     wave = 1 if block == "mac" and stage == 3 else layout["wave"]
     config = {
-        "run": {"name": f"parity-{block}-{stage}", "dtype": dtype},
+        "run": {"name": f"parity-{block}{rule}-{stage}", "dtype": dtype},
         "model": {
             "block": block, "layers": 2, "width": 32, "heads": 4, "vocabulary": VOCABULARY, "initializer_std": 0.1,
         },
         "attention": {"window": 6, "persistent_tokens": 3} | ({"segment": 4} if block == "mac" else {}),
         "parallel": {
             "zero_stage": stage, "tensor": layout["tensor"], "sequence_parallel": layout["sequence_parallel"],
-            "sequence": layout["sequence"], "pieces": 2 if micro > 1 else 1, "wave": wave,
+            "sequence": layout["sequence"], "pieces": pieces if micro > 1 else 1, "wave": wave,
         },
         "data": {"path": "unused"},
         "training": {"steps": STEPS, "sequence_length": LENGTH, "global_batch_size": ROWS, "micro_batch_size": micro},
         "optimizer": {"gradient_clip": CLIP},
     }  # fmt: skip
     if block != "transformer":
-        config["memory"] = {"chunk_size": 4, "expansion": 2}
+        config["memory"] = {"chunk_size": 4} | ({"rule": rule} if rule else {"expansion": 2})
     return make_plan(RunConfig.model_validate(config), layout["tensor"] * layout["sequence"] * layout["data"])
 
 

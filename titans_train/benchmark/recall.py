@@ -22,7 +22,9 @@ from titans_train.data import SyntheticDataset, TokenDataset, open_dataset
 from titans_train.data.cursor import Cursor
 from titans_train.data.sample import IGNORE
 from titans_train.evaluation.perplexity import evaluate
+from titans_train.evaluation.scoring import Scorer
 from titans_train.models import LanguageModel
+from titans_train.parallel import Mesh, process_group
 from titans_train.plan import Plan, make_plan
 from titans_train.training.optimizer import learning_rate, make_optimizer
 
@@ -35,10 +37,11 @@ def steps(dataset: TokenDataset | SyntheticDataset, plan: Plan) -> Iterator[tupl
         yield torch.stack([s.tokens for s in samples]), torch.stack([s.labels for s in samples])
 
 
-def curve(plan: Plan, every: int, enough: float) -> list[dict[str, float]]:
+def curve(plan: Plan, mesh: Mesh, every: int, enough: float) -> list[dict[str, float]]:
     """Accuracy on unseen sequences every few steps; ends early at `enough`."""
     torch.manual_seed(plan.config.run.seed)
     model = LanguageModel(plan.shape)
+    scorer = Scorer(model, mesh, plan.config.training.micro_batch_size)
     optimizer = make_optimizer(model, plan.config)
     held_out = open_dataset(plan.config, "validation")
     points: list[dict[str, float]] = []
@@ -53,7 +56,7 @@ def curve(plan: Plan, every: int, enough: float) -> list[dict[str, float]]:
             group["lr"] = learning_rate(step, plan.config)
         optimizer.step()
         if (step + 1) % every == 0 or step + 1 == plan.config.training.steps:
-            accuracy = evaluate(model, held_out, EVALUATED)["accuracy"]
+            accuracy = evaluate(scorer, held_out, EVALUATED)["accuracy"]
             points.append({"step": step + 1, "loss": float(loss.detach()), "accuracy": accuracy})
             seconds = time.process_time() - started
             print(f"step {step + 1}: accuracy {accuracy:.3f}, {seconds:.0f} CPU-s", flush=True)
@@ -98,7 +101,8 @@ def main(argv: list[str]) -> int:
             settings = [s for s in settings if not s.startswith("training.steps=")]
             settings.append(f"training.steps={args.off_steps}")
         plan = make_plan(load_config(args.config, settings))
-        curves[name] = curve(plan, args.every, args.enough)
+        with process_group() as mesh:
+            curves[name] = curve(plan, mesh, args.every, args.enough)
     chance = 1 / plan.config.data.recall.values
     if args.json:
         about = {"config": args.config, "overrides": args.overrides, "chance": chance, "torch": torch.__version__}

@@ -185,6 +185,19 @@ class Monitoring(Section):
     )
 
 
+class NeedleEvaluation(Section):
+    kinds: list[Literal["passkey", "number", "uuid", "word"]] = Field(default=["passkey"], min_length=1)
+    lengths: list[int] = Field(min_length=1, description="tokens of a text")
+    depths: int = Field(default=5, ge=1, description="from the start of the haystack to its end")
+    cases: int = Field(default=4, ge=1, description="texts for each length and depth")
+    haystack: str | None = Field(default=None, description="UTF-8 text, for all kinds but passkey")
+
+
+class Evaluation(Section):
+    every: int | None = Field(default=None, ge=1, description="steps; null: never")
+    needles: NeedleEvaluation | None = None
+
+
 class RunConfig(Section):
     run: Run
     model: Model
@@ -196,3 +209,4 @@ class RunConfig(Section):
     optimizer: Optimizer = Optimizer()
     checkpoint: Checkpoint = Checkpoint()
     monitoring: Monitoring = Monitoring()
+    evaluation: Evaluation = Evaluation()

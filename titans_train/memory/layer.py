@@ -8,7 +8,7 @@ output projection) belongs to the block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from titans_train.models.parts import Parts
 
 Inputs = Mapping[str, Tensor]
+Scan = Callable[..., tuple[Tensor, MemoryState]]  # as memory_scan
 
 
 def gate_biases(m: MemoryShape) -> dict[str, float]:
@@ -91,6 +92,7 @@ class NeuralMemory(nn.Module):
             self.norm = Learned(parts.parameter(gain, 0), parts.parameter(torch.zeros_like(gain), 0))
         # While monitoring records: number of rows, and means over them, of each forward.
         self.records: list[tuple[int, dict[str, Tensor]]] | None = None
+        self.instead: Scan | None = None  # scans a text's tokens (not persistent ones) in the place of memory_scan
 
     def initial_memory(self, batch: int = 1) -> MemoryState:
         """The state before the first token of a document: learned weights, no momentum."""
@@ -162,8 +164,8 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Tensor, MemoryLayerState]:
         """Heads [B, L, H, d]. document_starts: [B, L] bool; there the memory restarts from `document_memory`.
 
-        across: given, these are a shard's tokens, and `state` is where the first shard starts. record: for monitoring;
-        ends: the state that this ends with counts there.
+        across: given, these are a shard's tokens, and `state` is where the first shard starts. record: these are a
+        text's tokens, which count for monitoring; ends: the state that this ends with counts there.
         """
         positions = document_positions(document_starts)
         inputs = [given["memory_q"], given["memory_k"], given["memory_v"]]
@@ -174,6 +176,8 @@ class NeuralMemory(nn.Module):
         surprises: list[Tensor] | None = [] if record and self.records is not None else None
         gain, bias = self.gain_and_bias()
         scan = memory_scan if across is None else across.scan
+        if record and self.instead is not None:
+            scan = self.instead
         y, memory = scan(
             q, k, v, alpha, eta, theta, state.memory,
             chunk_size=self.shape.chunk_size, activation=self.shape.activation, gain=gain, bias=bias,

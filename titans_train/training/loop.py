@@ -40,7 +40,7 @@ from titans_train.training.progress import Progress
 from titans_train.training.reports import Reports
 from titans_train.training.resume import resume
 from titans_train.training.step import StepResult, train_step
-from titans_train.training.validation import validate
+from titans_train.training.validation import NeedleChecks, validate
 
 Dataset = TokenDataset | SyntheticDataset
 
@@ -140,6 +140,7 @@ class Run:
         self.reports = Reports(plan, mesh, progress.step)
         self.nonfinite = NonFinite(plan.run_directory, self.config.training.skip_nonfinite, mesh)
         self.saver = Saver(engine, plan, data, mesh, carried, self.reports.say, progress.step)
+        self.needles = agree(lambda: NeedleChecks(plan, mesh), mesh)
         self.first_step = progress.step
         self.validated: tuple[int, float] | None = None  # (step, loss)
 
@@ -239,6 +240,8 @@ class Run:
             self.reports.log(step, result.loss(), self.engine.gradient_norm(), rate, beside, records)
         if watch.validate_every and step % watch.validate_every == 0 and step < steps:
             self._validate()
+        if self.needles.due(step):
+            self._look_for_needles()
         if watch.sample_every and step % watch.sample_every == 0:
             self._sample()
         if watch.compare_every and step % watch.compare_every == 0:
@@ -262,7 +265,15 @@ class Run:
         self.reports.write(step, {"skipped_steps": len(self.progress.skipped)})
         self._beat()
 
-    def _validate(self) -> dict[str, float]:
+    def _look_for_needles(self) -> None:
+        found = self.needles.run(self.engine, partial(self._beat, "looking for needles"))
+        self.reports.write(self.progress.step, {"tokens": self.tokens, **found})
+        for name, by_length in found.items():
+            accuracy = ", ".join(f"{int(at[3:]):,} tokens {value:.1%}" for at, value in by_length.items())
+            self.reports.say(f"step {self.progress.step}: {name.replace('_', ' ')}: {accuracy}")
+        self._back_to_training()
+
+    def _validate(self) -> dict[str, Any]:
         training, watch = self.config.training, self.config.monitoring
         figures = validate(
             self.engine, self.held_out, watch.validation_sequences, training.micro_batch_size, self.mesh,
