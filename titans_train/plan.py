@@ -111,8 +111,8 @@ class Plan:
             m = s.memory
             rule = "" if m.rule == "titans" else f"{m.rule}, "
             lines.append(
-                f"memory      {rule}chunk {m.chunk_size}, depth {m.depth}, hidden {m.hidden}, theta up to {m.theta_max:.3g}, "
-                f"a state kept every {m.store_every} chunks"
+                f"memory      {rule}chunk {m.chunk_size}, depth {m.depth}, hidden {m.hidden}, "
+                f"theta up to {m.theta_max:.3g}, a state kept every {m.store_every} chunks"
             )
         if s.has_attention:
             a = s.attention
@@ -270,7 +270,7 @@ def _peer_memory(m: Memory, head_dim: int) -> MemoryShape:
     return MemoryShape(
         rule=m.rule, chunk_size=m.chunk_size, depth=1, hidden=head_dim, activation="silu", residual_norm=False,
         momentum=False, forgetting=False, write=True, normalize_values=False, convolution=m.convolution,
-        key_start="token", theta_max=1.0, couple_theta=False, forget_bias=0.0, momentum_bias=0.0, theta_bias=0.0,
+        key_start=m.key_start, theta_max=1.0, couple_theta=False, forget_bias=0.0, momentum_bias=0.0, theta_bias=0.0,
         store_every=1,
     )  # fmt: skip
 

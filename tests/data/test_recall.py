@@ -5,8 +5,8 @@ import torch
 
 from tests.data.corpus import run_config
 from titans_train.config.schema import Recall
-from titans_train.data.recall import RecallTask
 from titans_train.data import DataError, SyntheticDataset, loader, open_dataset
+from titans_train.data.recall import RecallTask
 from titans_train.plan import make_plan
 
 TASK = Recall(pairs=16, keys=20, values=64, gap=30)

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_scoring.py: the same scores on several layouts of 4 ranks. Usage: scoring_worker.py OUT."""
+"""Run under torchrun by test_scoring.py: scores on several layouts of 4 ranks. Usage: scoring_worker.py OUT."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def shape_of(block: str) -> ModelShape:
 
 
 def sample(numbers: Sequence[int]) -> Sample:
-    """Random tokens; a third of the places have labels, half of them what an untrained model may say: the token again."""
+    """Random tokens; a third of the places have labels, half of them the token itself, which tied heads say."""
     rows = [torch.randint(0, 29, (2, LENGTH), generator=torch.Generator().manual_seed(n)) for n in numbers]
     tokens = torch.stack([row[0] for row in rows])
     chance = torch.stack([row[1] for row in rows])

@@ -73,4 +73,5 @@ def test_scores_do_not_depend_on_the_layout(tmp_path: Path) -> None:
         got = torch.tensor(case["cases"], dtype=torch.float64)
         assert torch.equal(got[:, :2], want[:, :2]), case["layout"]
         assert torch.allclose(got[:, 2], want[:, 2], rtol=1e-6), case["layout"]
-        assert torch.allclose(torch.tensor(case["places"], dtype=torch.float64)[:, 2], plain(case["block"]).sum(0)[:, 2])
+        places = torch.tensor(case["places"], dtype=torch.float64)
+        assert torch.allclose(places[:, 2], plain(case["block"]).sum(0)[:, 2])

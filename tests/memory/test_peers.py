@@ -99,7 +99,7 @@ def test_deltanet_is_that_of_flash_linear_attention() -> None:
 
 
 def test_gated_deltanet_is_that_of_flash_linear_attention_and_ours_in_other_symbols() -> None:
-    """And that of the Titans memory at depth 1, chunk 1, without momentum: 1 - alpha = a, theta = a beta, v' = v / a."""
+    """And the Titans memory's at depth 1, chunk 1, without momentum: 1 - alpha = a, theta = a beta, v' = v / a."""
     x = inputs("head", False)
     q, k, v, g, s = x["q"], F.normalize(x["k"], dim=-1), x["v"], x["log_decay"] / 10, x["state"]  # type: ignore
     beta, a = torch.rand(B, H, L, dtype=torch.float64), g.exp()
@@ -108,7 +108,8 @@ def test_gated_deltanet_is_that_of_flash_linear_attention_and_ours_in_other_symb
     want, state = theirs(
         *(y.transpose(1, 2) for y in (q, k, v, beta, g)), scale=1.0, initial_state=s, output_final_state=True
     )
-    assert torch.allclose(got[0].float(), want.transpose(1, 2), atol=1e-5) and torch.allclose(got[1].float(), state, atol=1e-5)
+    assert torch.allclose(got[0].float(), want.transpose(1, 2), atol=1e-5)
+    assert torch.allclose(got[1].float(), state, atol=1e-5)
     start = MemoryState.start((s,), momentum=False)
     ours, end = titans(q, k, v / a[..., None], 1 - a, None, a * beta, start, chunk_size=1)
     assert torch.allclose(ours, got[0], atol=1e-12) and torch.allclose(end.weights[0], got[1], atol=1e-12)
@@ -138,7 +139,8 @@ def test_ttt_is_the_titans_memory_without_momentum_and_forgetting(depth: int) ->
     """
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, H, 24, D, dtype=torch.float64) for _ in range(3))
-    step, gain, bias = torch.rand(1, H, 24, dtype=torch.float64) / 8, torch.rand(H, D).double(), torch.randn(H, D).double()
+    step = torch.rand(1, H, 24, dtype=torch.float64) / 8
+    gain, bias = torch.rand(H, D).double(), torch.randn(H, D).double()
     sizes = [D, D] if depth == 1 else [D, 4 * D, D]
     weights = tuple(torch.randn(1, H, a, b, dtype=torch.float64) / a for a, b in zip(sizes, sizes[1:], strict=False))
     options = {"chunk_size": 8, "activation": "gelu", "gain": gain, "bias": bias}

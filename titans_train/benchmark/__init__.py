@@ -8,12 +8,14 @@ from __future__ import annotations
 import importlib
 
 NAMES = {
+    "ablations": "Titans without each of its parts and other papers' models, trained alike: text, recall, needles",
     "checkpoint": "saving and loading beside whole tensors, torch's distributed checkpoint and DeepSpeed's",
     "data": "reading beside plain numpy, waits, start-up, memory; preparing beside the tokenizer alone",
     "faults": "a tiny run struck in every way that happens to runs: survived, steps lost, time to detect",
     "memory": "the memory's speed and peak memory beside titans-pytorch, autograd and a Transformer++ block",
     "layouts": "collectives and peak memory of each layout beside the plan",
     "parity": "gradients and parameters under tensor, sequence and data parallelism and ZeRO against one process",
+    "reading": "time per token of reading and generating, state and memory, at contexts of 1K to 256K tokens",
     "recall": "associative recall with the memory on and off, as curves in one picture",
     "sequence": "sequence shards: schedules simulated, waits and real work measured, memory, very long sequences",
     "stability": "every block for 300 steps with a row of equal tokens",

@@ -14,14 +14,13 @@ from typing import Any
 
 from titans_train.config.errors import Problem, nearest_divisors, nearest_multiples, show, use
 from titans_train.config.explain import UnknownValueError
-from titans_train.config.schema import Memory, Model, RunConfig
+from titans_train.config.schema import Model, RunConfig
 from titans_train.mixing import LONGEST_PERIOD, units
 
 Check = Callable[[RunConfig], Iterator[Problem]]
 
 ATTENTION_BLOCKS = ("transformer", "mac", "mag", "mal")
 WINDOW_BLOCKS = ("transformer", "mag", "mal")
-PEER_KEYS = ("rule", "chunk_size", "convolution")  # of `memory`, what other papers' rules have
 WIDEST_CHUNK = 64  # of RWKV-7: e^(64 * 0.61) is far below the largest float32
 
 
@@ -150,22 +149,18 @@ def scan(config: RunConfig) -> Iterator[Problem]:
 
 
 def rule(config: RunConfig) -> Iterator[Problem]:
-    """What a memory with another paper's rule cannot be, and keys that mean nothing to it."""
+    """What a memory with another paper's rule cannot be."""
     memory, of = config.memory, f"memory.rule is {config.memory.rule}"
     if config.model.block == "transformer" or memory.rule == "titans":
         return
     if config.model.block == "mac":
         yield Problem("memory.rule", f"{memory.rule}, but block mac reads a memory apart from writing", "use titans")
     if memory.rule == "rwkv7" and memory.chunk_size > WIDEST_CHUNK:
-        message = f"{memory.chunk_size}, but {of}, whose decays are safe in float32 over at most {WIDEST_CHUNK} tokens"
+        message = f"{memory.chunk_size}, but {of}, whose decays fit float32 over at most {WIDEST_CHUNK} tokens"
         yield Problem("memory.chunk_size", message, f"use at most {WIDEST_CHUNK}; it changes no result")
     if (config.parallel.pieces or 1) > 1:
         message = f"{config.parallel.pieces}, but {of}, whose state is handed on whole"
         yield Problem("parallel.pieces", message, "use 1 or null")
-    for name, field in Memory.model_fields.items():
-        value = getattr(memory, name)
-        if name not in PEER_KEYS and value != field.default:
-            yield Problem(f"memory.{name}", f"{show(value)}, but {of}, which has no such thing", "leave it out")
 
 
 def tensor(config: RunConfig) -> Iterator[Problem]:
@@ -216,8 +211,8 @@ def source(config: RunConfig) -> Iterator[Problem]:
     if data.source != "shards":
         if getattr(data, data.source) is None:
             example = {"recall": "{pairs: 16}", "needles": "{digits: 4}"}[data.source]
-            message, remedy = f"null, but data.source is {data.source}", f"write '{data.source}: {example}' below 'data:'"
-            yield Problem(f"data.{data.source}", message, remedy)
+            remedy = f"write '{data.source}: {example}' below 'data:'"
+            yield Problem(f"data.{data.source}", f"null, but data.source is {data.source}", remedy)
     elif data.sources is None and not data.path:
         message = f"{show(data.path)}, but data.source is shards"
         yield Problem("data.path", message, "give the folder that python -m data_prep wrote")
@@ -307,7 +302,7 @@ def needles(config: RunConfig) -> Iterator[Problem]:
         yield Problem("training.sequence_length", message, f"use at least {needed}")
     symbols, vocabulary = 2 + task.keys + task.symbols + task.words, config.model.vocabulary
     if vocabulary < symbols:
-        message = f"{vocabulary} is too small for {task.keys} keys, {task.symbols} symbols, {task.words} words and 2 marks"
+        message = f"{vocabulary} is too small for {task.keys} keys, {task.symbols} symbols, {task.words} words, 2 marks"
         yield Problem("model.vocabulary", message, f"use at least {symbols}")
 
 
@@ -386,5 +381,6 @@ def mesh(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
 
 
 CHECKS: list[Check] = [
-    heads, segment, chunk, window, rule, sequence, scan, tensor, precision, source, sources, recall, needles, carried, batch, schedule,
+    heads, segment, chunk, window, rule, sequence, scan, tensor, precision, source, sources, recall, needles, carried,
+    batch, schedule,
 ]  # fmt: skip

@@ -39,7 +39,7 @@ class Model(Section):
 
 class Memory(Section):
     rule: Literal["titans", "deltanet", "gated_deltanet", "mamba2", "rwkv7"] = Field(
-        default="titans", description="how the memory learns; others' rules, for comparison, have the * keys alone"
+        default="titans", description="how the memory learns; others' rules, for comparison, use the * keys alone"
     )
     chunk_size: int = Field(default=64, ge=1, le=65536, description="* b: tokens per anchor; part of the model")
     depth: int = Field(default=2, ge=1, le=4)
@@ -52,7 +52,7 @@ class Memory(Section):
     normalize_values: bool = True
     convolution: int = Field(default=4, ge=1, le=64, description="* taps; 1: none")
     key_start: Literal["token", "pair"] = Field(
-        default="token", description="start of the keys' convolution: identity, or average with the token before"
+        default="token", description="* start of the keys' convolution: identity, or average with the token before"
     )
     theta_max: float | None = Field(default=None, gt=0, le=100, description="null: a stable limit for the chunk size")
     couple_theta: bool = Field(default=True, description="theta = theta_max (1 - eta) sigmoid(.)")
@@ -92,7 +92,7 @@ class Recall(Section):
     values: int = Field(default=64, ge=2)
     gap: int = Field(default=64, ge=0, description="filler tokens between the last pair and the first query")
     spread: float | None = Field(
-        default=None, gt=0, le=10, description="queries anywhere after the gap, at distances x^(spread - 1); null: dense"
+        default=None, gt=0, le=10, description="queries anywhere after the gap, places ~ x^(spread - 1); null: dense"
     )
 
 

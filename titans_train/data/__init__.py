@@ -7,7 +7,7 @@ global batch is a function of (seed, data, step) only, so there is no reading st
 from titans_train.data.dataset import TokenDataset, open_dataset
 from titans_train.data.errors import DataError
 from titans_train.data.loader import Batch, loader
-from titans_train.data.synthetic import SyntheticDataset
 from titans_train.data.sample import Sample
+from titans_train.data.synthetic import SyntheticDataset
 
 __all__ = ["Batch", "DataError", "SyntheticDataset", "Sample", "TokenDataset", "loader", "open_dataset"]

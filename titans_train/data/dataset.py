@@ -15,11 +15,11 @@ from titans_train.data.cursor import Cursor
 from titans_train.data.errors import DataError
 from titans_train.data.order import GROUP_SHARDS
 from titans_train.data.packing import Layout
-from titans_train.data.synthetic import SyntheticDataset
 from titans_train.data.remote import Remote
 from titans_train.data.sample import Sample
 from titans_train.data.shards import ShardStore
 from titans_train.data.source import SourceStream
+from titans_train.data.synthetic import SyntheticDataset
 from titans_train.data.tokenizer import open_tokenizer, paths_of
 from titans_train.mixing import Interleaved, Mixture, Weights, phases_of
 

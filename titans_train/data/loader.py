@@ -45,7 +45,9 @@ class Batch:
         return Batch(self.tokens.pin_memory(), self.labels.pin_memory(), starts, self.sample_ids)
 
 
-def collect(dataset: TokenDataset | SyntheticDataset, numbers: list[int], begin: int = 0, end: int | None = None) -> Batch:
+def collect(
+    dataset: TokenDataset | SyntheticDataset, numbers: list[int], begin: int = 0, end: int | None = None
+) -> Batch:
     """Positions [begin, end) of these sequences as one micro-batch."""
     found = dataset.sequences(numbers, begin, end)
     return Batch(found.tokens, found.labels, found.document_starts, numbers)

@@ -52,9 +52,7 @@ class NeedlesTask:
             )
         return None
 
-    def draw(
-        self, key: tuple[int, ...], length: int, depth: float | None = None
-    ) -> tuple[Integers, Integers]:
+    def draw(self, key: tuple[int, ...], length: int, depth: float | None = None) -> tuple[Integers, Integers]:
         """depth: where the needle that is asked for begins, as a share of the haystack, 0 to 1; None: anywhere."""
         task = self.settings
         size = 2 + task.digits

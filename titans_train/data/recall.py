@@ -44,9 +44,7 @@ class RecallTask:
                 "lower data.recall.pairs or gap"
             )
         if symbols > vocabulary:
-            return (
-                f"recall needs keys + values + 2 = {symbols} token ids, model.vocabulary is {vocabulary}; raise it"
-            )
+            return f"recall needs keys + values + 2 = {symbols} token ids, model.vocabulary is {vocabulary}; raise it"
         return None
 
     def draw(self, key: tuple[int, ...], length: int) -> tuple[Integers, Integers]:

@@ -64,7 +64,8 @@ def over_depths(rows: Sequence[Row]) -> list[Row]:
 
 
 def line(r: Row, name: str = "") -> str:
-    return f"  {name}{r['length']:>9,} tokens  {r['accuracy']:7.1%}  ({r['low']:.1%} to {r['high']:.1%} of {r['cases']})"
+    interval = f"{r['low']:.1%} to {r['high']:.1%} of {r['cases']}"
+    return f"  {name}{r['length']:>9,} tokens  {r['accuracy']:7.1%}  ({interval})"
 
 
 def heat_map(tables: dict[str, list[Row]], path: Path, title: str) -> None:

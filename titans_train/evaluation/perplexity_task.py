@@ -40,7 +40,8 @@ def run(context: Context, options: argparse.Namespace) -> dict[str, Any]:
             context.say(f"  {name:14} {value:,.4f}" if isinstance(value, float) else f"  {name:14} {value:,}")
     context.say("  by position in the context:")
     for row in figures["by_position"]:
-        context.say(f"    {row['first']:>8,} to {row['last']:>8,}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.4f}")
+        place = f"{row['first']:>8,} to {row['last']:>8,}"
+        context.say(f"    {place}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.4f}")
     if options.picture and context.mesh.is_first:
         plot(figures["by_position"], options.picture, context.source.config.run.name)
     return figures

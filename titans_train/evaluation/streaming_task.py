@@ -44,7 +44,7 @@ def split_tokens(context: Context) -> Iterator[int]:
 
     dataset = open_dataset(context.config, "validation", context.model.shape.document_alignment, carried=False)
     if not isinstance(dataset, TokenDataset) or context.config.data.packing != "concatenate":
-        raise UserError("the run's data do not follow each other (data.packing isolate, or a synthetic task); give --text")
+        raise UserError("the run's sequences do not follow each other (data.packing isolate, or a task): give --text")
     for number in range(dataset.sequences_total):
         yield from dataset.sequence(number).tokens.tolist()
 

@@ -3,42 +3,71 @@
 from __future__ import annotations
 
 import argparse
-import math
+import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from titans_train.errors import UserError
-from titans_train.inference.sampling import Reading, Sampler, generate, read
+from titans_train.inference.arguments import arguments
+from titans_train.inference.batch import generate_rows
+from titans_train.inference.incoming import read_stream
+from titans_train.inference.prompts import Prompt, read_prompts, read_questions
+from titans_train.inference.sampler import Sampler
+from titans_train.inference.sampling import Reading, generate, read, read_rows
 from titans_train.inference.source import encode, find, load_checked, tokenizer_of
-from titans_train.models import LanguageModel
-from titans_train.models.state import ModelState, load_tensor
+from titans_train.inference.state_file import load_reading, save_reading
+from titans_train.inference.text import TextStream
 from titans_train.models.stored import fingerprint
-from titans_train.models.tree import tensors_of
 
 
-def _arguments(args: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m titans_train generate", description="Text from a checkpoint.")
-    parser.add_argument("source", metavar="CONFIG.yaml|RUN|CHECKPOINT|EXPORT")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--checkpoint", help="a checkpoint of the run, as step-00000100 (default: the newest)")
-    text = parser.add_mutually_exclusive_group()
-    text.add_argument("--prompt", help="text to continue")
-    text.add_argument("--prompt-file", type=Path, help="file with the text to continue")
-    parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, help="default: 0, or where the loaded state left off")
-    parser.add_argument("--save-state", type=Path, help="the state after everything read and generated")
-    parser.add_argument("--load-state", type=Path, help="go on from a saved state")
-    options = parser.parse_intermixed_args(list(args))
-    possible = 0 <= options.temperature < math.inf and 0 < options.top_p <= 1 and options.tokens >= 0
-    if not possible:
-        parser.error("temperature is at least 0, top-p above 0 and at most 1, tokens at least 0")
-    return options
+@dataclass(frozen=True)
+class Speaker:
+    """The model, and how it is to go on."""
+
+    model: Any
+    tokenizer: Any
+    sampler: Sampler
+    count: int  # tokens of a text, at most
+    stops: Sequence[str]
+    at_end: bool
+
+    def stream(self, before: Sequence[int]) -> TextStream:
+        return TextStream(self.tokenizer, before, self.stops, self.at_end)
+
+
+def main(args: Sequence[str]) -> int:
+    options = arguments(args)
+    prompt, lines = _prompt(options), _lines(options)
+    anything = prompt or options.prompts_file or options.load_state or options.stdin
+    if not anything:
+        raise UserError("there is nothing to continue: give --prompt, --prompt-file, --stdin or --load-state")
+    if options.save_state is not None and not options.save_state.absolute().parent.is_dir():
+        raise UserError(f"--save-state {options.save_state}: there is no folder {options.save_state.parent}; create it")
+    source = find(options.source, options.overrides, options.checkpoint)
+    tokenizer = tokenizer_of(source)
+    model, _ = load_checked(source)
+    sampler = replace(options.sampler, vocabulary=tokenizer.vocabulary)
+    speaker = Speaker(model, tokenizer, sampler, options.tokens, options.stop, options.stop_at_end)
+    weights = fingerprint(model) if options.load_state or options.save_state else None
+    random = torch.Generator().manual_seed(0)
+    reading = load_reading(options.load_state, model, random, weights) if options.load_state else None
+    if options.seed is not None:
+        random.manual_seed(options.seed)
+    if options.stdin:
+        reading, count = read_stream(model, tokenizer, sys.stdin.buffer, reading)
+        print(f"read {count:,} tokens", file=sys.stderr)
+    if options.several:
+        _several(speaker, lines, prompt, reading, random, options)
+        return 0
+    reading = _one(speaker, prompt, reading, random, options)
+    if options.save_state is not None:
+        save_reading(options.save_state, reading, model, random, weights)
+        print(f"state saved to {options.save_state}", file=sys.stderr)
+    return 0
 
 
 def _prompt(options: argparse.Namespace) -> str:
@@ -50,78 +79,119 @@ def _prompt(options: argparse.Namespace) -> str:
         raise UserError(f"{options.prompt_file} cannot be read as UTF-8 text: {error}") from error
 
 
-def _load(path: Path, model: LanguageModel, weights: torch.Tensor, random: torch.Generator) -> Reading:
-    """The reading of a state file; `random` goes on where it was. UserError names what does not fit."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; write one with --save-state")
-    try:
-        reading = Reading(ModelState.load(path, model.shape), load_tensor(path, "next_logits"))
-        found, state = load_tensor(path, "weights"), load_tensor(path, "random")
-        _check(reading, model)
-    except (UserError, OSError) as error:
-        raise UserError(f"{error}; --load-state takes a file that generate saved with the same model") from error
-    if found.dtype != weights.dtype or not torch.equal(found, weights):
-        raise UserError(
-            f"{path} was saved by another checkpoint: same architecture, other parameters; name the one that made it"
-        )
-    try:
-        random.set_state(state)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"{path} holds no state of torch's random numbers ({error}); give --seed") from error
+def _lines(options: argparse.Namespace) -> list[Prompt]:
+    """The texts of --prompts-file or --ask."""
+    if options.ask:
+        return read_questions(options.ask)
+    if not options.prompts_file:
+        return []
+    prompts = read_prompts(options.prompts_file)
+    empty = next((p.line for p in prompts if not p.text), None)
+    if empty is not None and not options.load_state and not options.stdin:
+        raise UserError(f"{options.prompts_file} line {empty}: the prompt is empty, and there is nothing else to go on")
+    return prompts
+
+
+def _one(
+    speaker: Speaker, prompt: str, reading: Reading | None, random: torch.Generator, options: argparse.Namespace
+) -> Reading:
+    """One text; what is printed before it has ended is not if an error comes first, unless it is streamed."""
+    ids = encode(speaker.tokenizer, prompt) if prompt else []
+    reading = read(speaker.model, ids, reading) if ids else reading
+    if reading is None:
+        raise UserError(f"the prompt {prompt[:20]!r} has no tokens in this tokenizer; give a longer one")
+    text = speaker.stream(ids)
+    made: list[str] = []
+    say: Callable[[str], object] = _say_at_once if options.stream else made.append
+    say("" if options.jsonl else prompt)
+    for token, after in generate(speaker.model, reading, speaker.count, speaker.sampler, random):
+        reading = after
+        say(text.add(token))
+        if text.finish:
+            break
+    say(text.close())
+    if options.jsonl:
+        _say_json(Prompt(0, prompt), 0, "".join(made), text)
+    else:
+        sys.stdout.write("".join(made) + "\n")
     return reading
 
 
-def _check(reading: Reading, model: LanguageModel) -> None:
-    """UserError for a state of several rows or another dtype than the model's, or logits that are not this model's."""
-    dtype, rows = next(model.parameters()).dtype, {tensor.shape[0] for tensor in tensors_of(reading.state)}
-    dtypes = {tensor.dtype for tensor in tensors_of(reading.state)} - {torch.bool}
-    if rows != {1} or dtypes != {dtype}:
-        raise UserError(f"its state is {', '.join(map(str, dtypes))} of {rows} rows, expected {dtype} of one")
-    logits, expected = reading.logits, (model.shape.vocabulary,)
-    if logits.shape != expected or logits.dtype != dtype:
-        raise UserError(f"its logits are {logits.dtype} {list(logits.shape)}, expected {dtype} {list(expected)}")
+def _say_at_once(text: str) -> None:
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
-def _save(path: Path, reading: Reading, model: LanguageModel, weights: torch.Tensor, random: torch.Generator) -> None:
-    """Written beside and renamed, so that an earlier file stays whole if the disk is full."""
-    beside = path.with_name(f".{path.name}.partial")
-    extra = {"next_logits": reading.logits, "weights": weights, "random": random.get_state()}
-    try:
-        reading.state.save(beside, model.shape, **extra)
-        beside.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written ({error}); free space or name another file") from error
-    finally:
-        beside.unlink(missing_ok=True)
+def _say_json(prompt: Prompt, sample: int, made: str, text: TextStream) -> None:
+    about = {"line": prompt.line, "sample": sample, "prompt": prompt.text, "text": made, "tokens": text.count}
+    sys.stdout.write(json.dumps({**about, "finish": text.finish or "length"}, ensure_ascii=False) + "\n")
 
 
-def main(args: Sequence[str]) -> int:
-    options = _arguments(args)
-    prompt = _prompt(options)
-    if not prompt and options.load_state is None:
-        raise UserError("there is nothing to continue: give --prompt, --prompt-file or --load-state")
-    if options.save_state is not None and not options.save_state.absolute().parent.is_dir():
-        raise UserError(f"--save-state {options.save_state}: there is no folder {options.save_state.parent}; create it")
-    source = find(options.source, options.overrides, options.checkpoint)
-    tokenizer = tokenizer_of(source)
-    model, _ = load_checked(source)
-    weights = fingerprint(model) if options.load_state or options.save_state else None
-    random = torch.Generator().manual_seed(0)
-    reading = None
-    if options.load_state is not None and weights is not None:
-        reading = _load(options.load_state, model, weights, random)
-    if options.seed is not None:
-        random.manual_seed(options.seed)
-    if prompt:
-        reading = read(model, encode(tokenizer, prompt), reading.state if reading is not None else None)
+def _several(
+    speaker: Speaker, lines: list[Prompt], prompt: str, reading: Reading | None, random: torch.Generator,
+    options: argparse.Namespace,
+) -> None:  # fmt: skip
+    """All samples of all lines, or of the prompt alone; printed in their order, each batch when it has ended."""
+    if lines and prompt:  # a document, and questions about it
+        reading, prompt = read(speaker.model, encode(speaker.tokenizer, prompt), reading), ""
+    prompts = lines or [Prompt(0, prompt)]
+    whole = len(prompts) * options.samples
+    for number, (which, sample, made, text) in enumerate(_texts(speaker, prompts, reading, random, options), 1):
+        if options.jsonl:
+            _say_json(which, sample, made, text)
+        else:
+            name = f"line {which.line}, sample {sample}" if which.line else f"sample {sample}"
+            sys.stdout.write(f"--- {number} of {whole}: {name} ---\n{which.text}{made}\n")
+        sys.stdout.flush()
+
+
+def _texts(
+    speaker: Speaker, prompts: list[Prompt], before: Reading | None, random: torch.Generator,
+    options: argparse.Namespace,
+) -> Iterator[tuple[Prompt, int, str, TextStream]]:  # fmt: skip
+    """(prompt, sample, text made, its stream) of each, `options.batch` side by side."""
+    every = [(number, sample) for number in range(len(prompts)) for sample in range(options.samples)]
+    for first in range(0, len(every), options.batch):
+        batch = every[first : first + options.batch]
+        numbers = list(dict.fromkeys(number for number, _ in batch))
+        ids = {number: encode(speaker.tokenizer, prompts[number].text) for number in numbers}
+        readings = _readings(speaker.model, ids, prompts, before)
+        streams = [speaker.stream(ids[number]) for number, _ in batch]
+        made: list[list[str]] = [[] for _ in batch]
+
+        def take(row: int, token: int, made: list[list[str]] = made, streams: list[TextStream] = streams) -> bool:
+            made[row].append(streams[row].add(token))
+            return streams[row].finish is None
+
+        generators = [_generator(random, sample) for _, sample in batch]
+        rows = [readings[number] for number, _ in batch]
+        generate_rows(speaker.model, rows, speaker.count, speaker.sampler, generators, take)
+        for (number, sample), pieces, stream in zip(batch, made, streams, strict=True):
+            yield prompts[number], sample, "".join(pieces) + stream.close(), stream
+
+
+def _readings(
+    model: Any, ids: dict[int, list[int]], prompts: list[Prompt], before: Reading | None
+) -> dict[int, Reading]:
+    """Of each prompt, after `before`."""
+    some = [number for number, tokens in ids.items() if tokens]
+    if before is None and len(some) < len(ids):
+        line = next(prompts[number].line for number, tokens in ids.items() if not tokens)
+        raise UserError(f"the prompt of line {line} has no tokens in this tokenizer; give a longer one")
+    found = dict(zip(some, read_rows(model, [ids[number] for number in some], before), strict=True))
+    return {number: found[number] if number in found else _given(before) for number in ids}
+
+
+def _given(reading: Reading | None) -> Reading:
     assert reading is not None
-    out = []
-    sampler = Sampler(options.temperature, options.top_p, tokenizer.vocabulary)
-    for token, after in generate(model, reading, options.tokens, sampler, random):
-        out.append(token)
-        reading = after
-    sys.stdout.write(prompt + tokenizer.decode(out) + "\n")
-    if options.save_state is not None and weights is not None:
-        _save(options.save_state, reading, model, weights, random)
-        print(f"state saved to {options.save_state}", file=sys.stderr)
-    return 0
+    return reading
+
+
+def _generator(random: torch.Generator, sample: int) -> torch.Generator:
+    """Sample 0 goes on with `random`'s numbers, sample n with those of a seed n higher: for every prompt alike."""
+    own = torch.Generator()
+    if sample:
+        return own.manual_seed((random.initial_seed() + sample) % (1 << 63))
+    own.set_state(random.get_state())
+    return own

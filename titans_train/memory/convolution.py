@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from titans_train.shape import MemoryShape
+
 if TYPE_CHECKING:
     from titans_train.models.neighbours import Neighbours
     from titans_train.models.parts import Parts
@@ -69,6 +71,12 @@ class CausalConvolution(nn.Module):
                 shifted = shifted * (positions >= j)[:, :, None]
             y = torch.addcmul(y, shifted, self.weight[j])
         return y
+
+
+def key_start(shape: MemoryShape) -> tuple[float, ...]:
+    """First taps of the keys' convolution: a key made of two tokens can stand for the first while the value stands for
+    the second, which is what recall needs."""
+    return (0.7, 0.7) if shape.key_start == "pair" else (1.0,)
 
 
 def convolve(

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans_train.memory.convolution import CausalConvolution, convolve, document_positions
+from titans_train.memory.convolution import CausalConvolution, convolve, document_positions, key_start
 from titans_train.memory.learned import Learned
 from titans_train.memory.recurrence import memory_mlp
 from titans_train.memory.scan import memory_scan
@@ -71,9 +71,7 @@ class NeuralMemory(nn.Module):
         def convolution(*start: float) -> CausalConvolution:
             return CausalConvolution(shape.width, m.convolution, parts, start)
 
-        # A key made of two tokens can stand for the first while the value stands for the second: what recall needs.
-        pair = (0.7, 0.7) if m.key_start == "pair" else (1.0,)
-        self.q_conv, self.k_conv, self.v_conv = convolution(1.0), convolution(*pair), convolution(1.0)
+        self.q_conv, self.k_conv, self.v_conv = convolution(1.0), convolution(*key_start(m)), convolution(1.0)
         biases = gate_biases(m)
         self.gate_bias = None
         if biases:

@@ -51,12 +51,14 @@ class Watch:
             self._keep(name, torch.zeros_like(theta) if gate is None else gate)
         while begin < length:
             end = min(begin + chunk_size - state.offset, length)
-            given = [None if x is None else x[:, :, begin:end] for x in (q, k, v, alpha, eta, theta)]
-            starts = None if document_starts is None else document_starts[:, begin:end]
+            cut = (slice(None), slice(None), slice(begin, end))
             found: list[Tensor] = []
             y, state = memory_scan(
-                *given, state, chunk_size=chunk_size, document_starts=starts, surprises=found, **options
-            )  # type: ignore[arg-type]
+                q[cut], k[cut], v[cut], None if alpha is None else alpha[cut], None if eta is None else eta[cut],
+                theta[cut], state, chunk_size=chunk_size,
+                document_starts=None if document_starts is None else document_starts[:, begin:end],
+                surprises=found, **options,
+            )  # fmt: skip
             outputs.append(y)
             norms += found
             if state.offset == 0:
@@ -123,8 +125,8 @@ def _instead(model: nn.Module, make: Callable[[], Scan]) -> Iterator[list[Any]]:
             memory.instead = scan
         yield scans
     finally:
-        for memory, scan in zip(memories, before, strict=True):
-            memory.instead = scan
+        for memory, earlier in zip(memories, before, strict=True):
+            memory.instead = earlier
 
 
 @contextmanager

@@ -78,6 +78,7 @@ class MemoryBranch(nn.Module):
         if state is None or document_starts is not None or persistent is not None:
             start, persistent_heads = self.after_persistent(persistent)
         if state is None:
+            assert start is not None
             x = given["memory_q"]
             state = MemoryLayerState(start.expand(x.shape[0]), self.memory.empty_tails(x))
         heads, state = self.memory(given, state, document_starts, start, across)

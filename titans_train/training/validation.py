@@ -27,8 +27,8 @@ def validate(
     mesh: Mesh,
     beat: Callable[[], object],
 ) -> Figures:
-    """Over the first `sequences` of the dataset: loss (nats per token), perplexity, accuracy, bits per byte of text; and
-    the loss by position in the context. `beat` is called before each forward.
+    """Over the first `sequences` of the dataset: loss (nats per token), perplexity, accuracy, bits per byte of text,
+    and the loss by position in the context. `beat` is called before each forward.
     """
     found = evaluate(Scorer(engine, mesh, micro_batch, beat), dataset, sequences)
     figures = {f"validation_{name}": found[name] for name in ("loss", "perplexity", "tokens", "accuracy")}

@@ -16,14 +16,14 @@ memory without momentum.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans_train.memory.convolution import CausalConvolution, convolve, document_positions
+from titans_train.memory.convolution import CausalConvolution, convolve, document_positions, key_start
 from titans_train.memory.learned import Learned
 from titans_train.memory.peers.scan import linear_scan
 from titans_train.memory.state import MemoryState
@@ -49,13 +49,28 @@ def _start(name: str, size: tuple[int, ...]) -> Tensor:
     return torch.full(size, {"D": 1.0, "removal": 0.85, "mix": 1.0, "bonus": 0.0}[name])
 
 
+@dataclass(frozen=True)
+class _Recurrence:
+    """What scan.py is given, and what comes to its outputs beside."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    beside: Tensor | None
+
+
 class PeerMemory(nn.Module):
     def __init__(self, shape: ModelShape, parts: Parts) -> None:
         super().__init__()
         assert shape.memory is not None
         self.shape, m = shape.memory, shape.memory
         self.heads, self.head_dim = parts.share(shape.heads), shape.head_dim
-        self.q_conv, self.k_conv, self.v_conv = (CausalConvolution(shape.width, m.convolution, parts) for _ in range(3))
+        starts = ((1.0,), key_start(m), (1.0,))
+        convolutions = (CausalConvolution(shape.width, m.convolution, parts, start) for start in starts)
+        self.q_conv, self.k_conv, self.v_conv = convolutions
         constants = shape.peer_constants()
         self.names = list(constants)
         self.constants = Learned(*(parts.parameter(_start(name, size), 0) for name, size in constants.items()))
@@ -95,39 +110,34 @@ class PeerMemory(nn.Module):
         before = state.memory.weights
         if across is not None:
             before = tuple(across.receive("state", before))
-        y, after = self._run(q, k, v, gates, constants, before[0], document_starts)
+        r = self._rule(q, k, v, gates, constants)
+        size = self.shape.chunk_size
+        y, after = linear_scan(
+            r.q, r.k, r.v, r.log_decay, r.a, r.b, before[0], chunk_size=size, document_starts=document_starts
+        )
+        y = y if r.beside is None else y + r.beside
         if across is not None:
             y = across.send("state", y, [after])
         return y.to(inputs[0].dtype).transpose(1, 2), replace(state, memory=MemoryState((after,), ()), tails=tails)
 
-    def _run(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], c: dict[str, Tensor], state: Tensor,
-        starts: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """q, k, v: [B, H, L, d] -> y, and the state."""
-
-        def scan(
-            k: Tensor, v: Tensor, log_decay: Tensor | None, a: Tensor | None, b: Tensor | None
-        ) -> tuple[Tensor, Tensor]:
-            size = self.shape.chunk_size
-            return linear_scan(q, k, v, log_decay, a, b, state, chunk_size=size, document_starts=starts)
-
-        if self.shape.rule == "rwkv7":
+    def _rule(self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], c: dict[str, Tensor]) -> _Recurrence:
+        """q, k, v after their convolutions, [B, H, L, d]; gates [B, L, H] or [B, L, H d]."""
+        rule = self.shape.rule
+        if rule == "rwkv7":
             log_decay = -SHARPEST * (self._split(gates["decay"]) + c["bias"][:, None]).sigmoid()
             rate = self._split(gates["rate"]).sigmoid()
             removal = F.normalize(k * c["removal"][:, None], dim=-1, eps=1e-6)
             k = k * (1 + (rate - 1) * c["mix"][:, None])
-            y, state = scan(k, v, log_decay, removal, -removal * rate)
-            return y + (q * k * c["bonus"][:, None]).sum(-1, keepdim=True) * v, state
-        steps = None  # [B, H, L]
+            beside = (q * k * c["bonus"][:, None]).sum(-1, keepdim=True) * v
+            return _Recurrence(q, k, v, log_decay, removal, -removal * rate, beside)
+        steps, decay = None, None  # [B, H, L]
         if "decay" in gates:
             steps = F.softplus(gates["decay"] + c["bias"]).transpose(1, 2)
-        log_decay = None if steps is None else -c["A"].exp()[:, None] * steps
-        if self.shape.rule == "mamba2":
+            decay = -c["A"].exp()[:, None] * steps
+        if rule == "mamba2":
             assert steps is not None
-            y, state = scan(k, v * steps[..., None], log_decay, None, None)
-            return y + c["D"][:, None, None] * v, state
+            return _Recurrence(q, k, v * steps[..., None], decay, None, None, c["D"][:, None, None] * v)
         q, k = F.normalize(q, dim=-1, eps=1e-6), F.normalize(k, dim=-1, eps=1e-6)
         beta = gates["beta"].sigmoid().transpose(1, 2)[..., None]
-        kept = beta if log_decay is None else beta * log_decay.exp()[..., None]
-        return scan(k, beta * v, log_decay, k, -kept * k)
+        kept = beta if decay is None else beta * decay.exp()[..., None]
+        return _Recurrence(q, k, beta * v, decay, k, -kept * k, None)

@@ -1,0 +1,128 @@
+"""The table of the ablations, with means and spreads over seeds and the paper's signs beside ours; and pictures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from titans_train.benchmark.ablations.run import TIMES, Result
+from titans_train.benchmark.ablations.variants import REFERENCE, Variant
+
+
+def _needles(place: int, figures: dict[str, Any]) -> float:
+    return float(figures["needles"][place]["accuracy"])
+
+
+# column: its task, its figure, and whether more is better
+COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], float], bool]] = {
+    "text, loss": ("text", lambda f: float(f["loss"]), False),
+    "recall": ("recall", lambda f: float(f["accuracy"]), True),
+    **{f"needles at {n}x": ("needles", partial(_needles, place), True) for place, n in enumerate(TIMES)},
+}
+
+
+def values(results: list[Result], variant: str, column: str) -> list[float]:
+    """Of the seeds."""
+    task, figure, _ = COLUMNS[column]
+    return [figure(r["figures"]) for r in results if r["variant"] == variant and r["task"] == task]
+
+
+def sign(results: list[Result], variant: str, column: str) -> str:
+    """+ better than the reference, - worse, = within two deviations of a difference between seeds, ? unknown."""
+    ours, reference = values(results, variant, column), values(results, REFERENCE, column)
+    if not ours or not reference:
+        return "?"
+    noise = max((statistics.stdev(x) for x in (ours, reference) if len(x) > 1), default=0.0)
+    difference = statistics.mean(ours) - statistics.mean(reference)
+    if abs(difference) <= 2 * noise * (1 / len(ours) + 1 / len(reference)) ** 0.5:
+        return "="
+    return "+" if (difference > 0) is COLUMNS[column][2] else "-"
+
+
+def paper_signs(variant: Variant, reference: Variant | None) -> tuple[str, str]:
+    """In perplexity and in the long-context score."""
+    if variant.paper is None or reference is None or reference.paper is None:
+        return "", ""
+    if variant.name == reference.name:
+        return "0", "0"
+    better = (variant.paper[0] < reference.paper[0], variant.paper[1] > reference.paper[1])
+    return "+" if better[0] else "-", "+" if better[1] else "-"
+
+
+def cell(found: list[float], column: str) -> str:
+    if not found:
+        return ""
+    share = COLUMNS[column][0] != "text"
+    text = f"{statistics.mean(found):.1%}" if share else f"{statistics.mean(found):.4f}"
+    if len(found) > 1:
+        spread = statistics.stdev(found)
+        text += f" ± {100 * spread:.1f}" if share else f" ± {spread:.4f}"
+    return text
+
+
+def table(results: list[Result], variants: list[Variant]) -> str:
+    """Markdown. The signs are against lmm: text loss and needles at 4x, ours and the paper's."""
+    columns = [c for c in COLUMNS if any(values(results, v.name, c) for v in variants)]
+    head = ["variant", "parameters", *columns, "ours: text, needles", "paper: perplexity, long"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    reference = next((v for v in variants if v.name == REFERENCE), None)
+    for v in variants:
+        sizes = {r["parameters"] for r in results if r["variant"] == v.name and r["task"] == "text"}
+        ours = [sign(results, v.name, c) for c in ("text, loss", "needles at 4x")]
+        signs = "" if v.name == REFERENCE else ", ".join(ours)
+        theirs = ", ".join(filter(None, paper_signs(v, reference)))
+        cells = [cell(values(results, v.name, c), c) for c in columns]
+        lines.append("| " + " | ".join([v.name, ", ".join(f"{n:,}" for n in sizes), *cells, signs, theirs]) + " |")
+    return "\n".join(lines)
+
+
+def write_pictures(results: list[Result], variants: list[Variant], folder: Path) -> None:
+    """ablations.png: a bar for each variant and column; needles.png: accuracy over length of each variant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = [c for c in ("text, loss", "recall", "needles at 4x") if any(values(results, v.name, c) for v in variants)]
+    size = (4.5 * len(shown), 0.28 * len(variants) + 1.5)
+    figure, all_axes = pyplot.subplots(1, len(shown), figsize=size, squeeze=False)
+    for axes, column in zip(all_axes[0], shown, strict=True):
+        for place, v in enumerate(variants):
+            found = values(results, v.name, column)
+            if found:
+                axes.barh(place, statistics.mean(found), color="tab:blue" if v.name != REFERENCE else "tab:orange")
+                axes.plot(found, [place] * len(found), "k.", markersize=4)
+        axes.set_yticks(range(len(variants)), [v.name for v in variants] if column == shown[0] else [])
+        axes.invert_yaxis()
+        axes.set_title(column)
+        every = [x for v in variants for x in values(results, v.name, column)]
+        axes.set_xlim((min(every) * 0.98, max(every) * 1.005) if column == "text, loss" else (0, 1))
+        axes.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "ablations.png", dpi=120)
+    pyplot.close(figure)
+    if any(r["task"] == "needles" for r in results):
+        _lengths(results, variants, folder / "ablations_needles.png")
+
+
+def _lengths(results: list[Result], variants: list[Variant], path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    columns = [c for c in COLUMNS if c.startswith("needles")]
+    styles = ["-", "--", ":", "-."]
+    for place, v in enumerate(variants):
+        if values(results, v.name, columns[0]):
+            means = [statistics.mean(values(results, v.name, c)) for c in columns]
+            axes.plot(TIMES, means, styles[place // 10 % 4], marker=".", label=v.name)
+    axes.set(xscale="log", xlabel="text length / training length", ylabel="needles found", ylim=(-0.02, 1.02))
+    axes.set_xticks(TIMES, [f"{n}x" for n in TIMES])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncol=2, bbox_to_anchor=(1.01, 1), loc="upper left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
