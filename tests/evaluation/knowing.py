@@ -12,10 +12,9 @@ def knowing(block: str) -> LanguageModel:
     """A model that says a space after a colon, and an "a" after a space."""
     torch.manual_seed(0)
     model = LanguageModel(tiny(block, vocabulary=257, tied_head=False)).double().eval()
-    assert model.head is not None
+    embedding, head = (model.get_parameter(f"{name}.weight") for name in ("embedding", "head"))
     with torch.no_grad():
-        model.embedding.weight.mul_(1000)
-        model.head.weight.zero_()
-        model.head.weight[ord(" ")] = model.embedding.weight[ord(":")]
-        model.head.weight[ord("a")] = model.embedding.weight[ord(" ")]
+        embedding.mul_(1000)  # what blocks add to it does not count
+        head.zero_()
+        head[ord(" ")], head[ord("a")] = embedding[ord(":")], embedding[ord(" ")]
     return model

@@ -8,6 +8,7 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,13 +21,13 @@ from tests.inference.checkpoints import config, write_checkpoint
 from tests.models.shapes import tiny
 from titans_train.__main__ import main
 from titans_train.errors import UserError
-from titans_train.evaluation.harness_task import PAPER, load, names_of, offline
+from titans_train.evaluation.harness_task import PAPER, check, load, manager_of, names_of, offline
 from titans_train.evaluation.scoring import Scorer
 from titans_train.inference import sample_text
 from titans_train.inference.sampling import Sampler
 from titans_train.inference.source import find, load_checked
 from titans_train.models import LanguageModel
-from titans_train.parallel import process_group
+from titans_train.parallel import Mesh, process_group
 
 MISSING = "lm_eval is not installed: pip install 'titans-train[harness]'"
 harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason=MISSING)
@@ -64,31 +65,34 @@ def random_model(block: str) -> LanguageModel:
 @pytest.mark.parametrize("block", ["lmm", "mag", "mac", "mal", "transformer", "lmm-deltanet"])
 def test_a_loglikelihood_is_the_sum_of_the_models_log_probabilities(block: str) -> None:
     model = random_model(block)
-    pairs = [("A man went", " home"), ("x", "y"), ("", "no context"), ("long " * 20, "ünï"), ("A man went ", "out"), ("b", "")]
-    found = answers(model, "loglikelihood", *pairs)
-    for (context, text), (total, greedy) in zip(pairs, found, strict=True):
-        if not text:
-            assert (total, greedy) == (0.0, True)
-            continue
-        wanted = plain(model, list(context.encode()) or [END], list(text.encode()))
-        assert total == pytest.approx(wanted[0] if not context.endswith(" ") else total, rel=1e-12)
-        assert greedy == wanted[1]
-    # a space at the end of a context belongs to what follows it
-    assert found[3][0] == pytest.approx(plain(model, list(b"long " * 19 + b"long"), list(" ünï".encode()))[0], rel=1e-12)
-    assert found == pytest.approx(sum((answers(model, "loglikelihood", p) for p in pairs), []), rel=1e-12)
+    pairs = [("A man went", " home"), ("x", "y"), ("", "no context"), ("so long" * 20, " ünï"), ("A man went ", "out")]
+    found = answers(model, "loglikelihood", *pairs, ("b", ""))
+    alone = [answers(model, "loglikelihood", pair)[0] for pair in pairs]
+    for (context, text), (total, greedy), by_itself in zip(pairs, found, alone, strict=False):
+        space = " " * context.endswith(" ")  # at the end of a context: it belongs to what follows
+        wanted = plain(model, list(context.rstrip().encode()) or [END], list((space + text).encode()))
+        assert total == pytest.approx(wanted[0], rel=1e-12) and greedy == wanted[1]
+        assert by_itself[0] == pytest.approx(total, rel=1e-12)
+    assert found[-1] == (0.0, True)
 
 
 @harness
 def test_greedy_is_what_the_model_would_write() -> None:
     pairs = [("x:", " a"), ("x:", " b"), ("x:", "a"), ("is:", " "), ("x:", " ab")]
-    assert [greedy for _, greedy in answers(knowing("mag"), "loglikelihood", *pairs)] == [True, False, False, True, False]
+    assert [greedy for _, greedy in answers(knowing("mag"), "loglikelihood", *pairs)] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 @harness
 @pytest.mark.parametrize("block", ["lmm", "mac"])
 def test_a_whole_text_is_one_pass_whatever_its_length_and_knows_no_other(block: str) -> None:
     model = random_model(block)
-    texts = ["x" * 40, "".join(chr(97 + n * n % 23) for n in range(4500)), "", "end"]  # longer than a forward
+    texts = ["x" * 40, "".join(chr(97 + n * n % 23) for n in range(4200)), "", "end"]  # longer than a forward
     found = answers(model, "loglikelihood_rolling", *((text,) for text in texts))
     for text, total in zip(texts, found, strict=True):
         assert total == pytest.approx(plain(model, [END], list(text.encode()))[0] if text else 0.0, rel=1e-10)
@@ -97,6 +101,8 @@ def test_a_whole_text_is_one_pass_whatever_its_length_and_knows_no_other(block: 
 @harness
 def test_text_is_generated_up_to_a_stop_the_end_of_the_document_or_the_limit() -> None:
     model = random_model("mag")
+    with torch.no_grad():
+        model.get_parameter("head.weight")[END] = 0  # never the likeliest
     greedy = sample_text(model, TOKENIZER, "A man", 12, Sampler(0.0, vocabulary=257))[len("A man") :]
     assert len(greedy) > 3
 
@@ -112,9 +118,8 @@ def test_text_is_generated_up_to_a_stop_the_end_of_the_document_or_the_limit() -
     assert sampled != greedy and sampled == made("A man", until=[], max_gen_toks=12, do_sample=True, temperature=5.0)
     assert made("", until=[], max_gen_toks=3) == sample_of_end(model, 3)
     ending = knowing("mag")
-    assert ending.head is not None
     with torch.no_grad():
-        ending.head.weight[END] = ending.embedding.weight[ord("a")]
+        ending.get_parameter("head.weight")[END] = ending.get_parameter("embedding.weight")[ord("a")]
     assert answers(ending, "generate_until", ("x:", {"until": []})) == [" a"]
 
 
@@ -139,8 +144,8 @@ metric_list:
 doc_to_text: ""
 doc_to_target: "{{question}}"
 metric_list:
-  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
-  - {metric: byte_perplexity, aggregation: byte_perplexity, higher_is_better: false}
+  - {metric: bits_per_byte, higher_is_better: false}
+  - {metric: byte_perplexity, higher_is_better: false}
 """,
     "written": """output_type: generate_until
 doc_to_text: "{{question}}"
@@ -150,9 +155,7 @@ metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true}
 """,
 }
-DOCUMENTS = [
-    {"question": f"{n} and {n} is", "choices": [str(k) for k in range(4)], "answer": n % 4} for n in range(12)
-]
+DOCUMENTS = [{"question": f"{n} and {n} is", "choices": [str(k) for k in range(4)], "answer": n % 4} for n in range(12)]
 
 
 @pytest.fixture
@@ -168,6 +171,8 @@ def tasks(tmp_path: Path) -> Path:
         (folder / f"{name}.yaml").write_text(where + text)
     (folder / "both.yaml").write_text("group: both\ntask: [choice, pages]\n")
     (folder / "far.yaml").write_text(f"task: far\ndataset_path: nobody/nothing\ntest_split: test\n{TASKS['choice']}")
+    farther = "task: farther\ndataset_path: nobody/else\ndataset_name: part\ntest_split: test\n"
+    (folder / "farther.yaml").write_text(farther + TASKS["choice"])
     (folder / "bad.yaml").write_text(f"task: bad\ndataset_path: json\ntest_split: none\n{TASKS['choice']}")
     return folder
 
@@ -229,8 +234,9 @@ def test_what_is_not_at_hand_is_named_with_how_to_bring_it(
         return captured.err
 
     include = ["--include-path", str(tasks)]
-    error = refused("--tasks", "far", *include)
-    assert "'nobody/nothing' of the Hugging Face hub" in error and "set HF_HOME" in error and "load_dataset(" in error
+    error = refused("--tasks", "far,choice,farther", *include)
+    assert "far ('nobody/nothing'); farther ('nobody/else', 'part')" in error and "set HF_HOME" in error
+    assert "load_dataset('nobody/nothing'); load_dataset('nobody/else', 'part')" in error
     assert "the task bad cannot be loaded" in refused("--tasks", "bad", *include)
     assert "names no task" in refused("--tasks", ", ")
     assert "at least 1" in refused("--limit", "0")
@@ -241,13 +247,17 @@ def test_what_is_not_at_hand_is_named_with_how_to_bring_it(
 @harness
 def test_the_papers_tasks_are_the_harness_own() -> None:
     with offline():
+        manager = manager_of(list(PAPER), None)
+        assert [name for name in PAPER if name not in manager.task_index] == []
         with pytest.raises(UserError, match="no task 'arc_eazy'; did you mean arc_easy"):
-            load(["arc_eazy"], None)
-        from lm_eval.tasks import TaskManager
-
-        index = TaskManager().task_index
-    assert [name for name in PAPER if name not in index] == []
+            load(["arc_eazy"], manager)
     assert names_of("choice, paper,piqa") == ["choice", *PAPER]
+
+
+def test_several_processes_are_refused() -> None:
+    context, options = (SimpleNamespace(mesh=Mesh(0, 2)), SimpleNamespace())
+    with pytest.raises(UserError, match="one process, not on 2"):
+        check(context, options)  # type: ignore[arg-type]
 
 
 def test_without_the_harness_the_extra_is_named(

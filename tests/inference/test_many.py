@@ -7,11 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.hostile.tensors import rewritten
 from tests.inference.checkpoints import config, write_checkpoint
 from tests.inference.test_command import generated, refused
 from titans_train.__main__ import main
@@ -72,16 +75,13 @@ def test_a_document_is_read_once_and_asked_many_questions(checkpoint: str, capsy
     document, state = "A long document. " * 20, str(tmp_path / "document")
     questions = ["Who?", "größer als?", "Who was it, and why?"]
     ask = ["--ask", written(tmp_path, *questions), "--tokens", "9", "--temperature", "0"]
-    assert (
-        generated(capsys, checkpoint, "--prompt", document, "--tokens", "0", "--save-state", state) == document + "\n"
-    )
+    only_read = ["--prompt", document, "--tokens", "0", "--save-state", state]
+    assert generated(capsys, checkpoint, *only_read) == document + "\n"
     size = Path(state).stat().st_size
     found = rows(capsys, checkpoint, "--load-state", state, *ask)
     assert [row["prompt"] for row in found] == questions and Path(state).stat().st_size == size
     for row in found:
-        whole = generated(
-            capsys, checkpoint, "--prompt", document + row["prompt"], "--tokens", "9", "--temperature", "0"
-        )
+        whole = generated(capsys, checkpoint, "--prompt", document + row["prompt"], *ask[2:])
         assert whole == document + row["prompt"] + row["text"] + "\n"
     at_once = rows(capsys, checkpoint, "--prompt", document, *ask)
     assert [row["text"] for row in at_once] == [row["text"] for row in found]
@@ -156,6 +156,21 @@ def test_the_repetition_penalty_goes_on_with_a_saved_state(checkpoint: str, caps
     second = generated(capsys, *write, "--tokens", "10", "--load-state", state)
     assert (first[:-1] + second).replace("\ufffd", "") == whole.replace("\ufffd", "")
     assert whole != generated(capsys, checkpoint, "--temperature", "0", "--prompt", "import ", "--tokens", "20")
+
+
+def test_seen_tokens_of_a_state_file_are_checked_and_may_be_missing(
+    checkpoint: str, capsys: Capture, tmp_path: Path
+) -> None:
+    state, write = tmp_path / "state", [checkpoint, "--tokens", "5"]
+    generated(capsys, *write, "--prompt", "import ", "--save-state", str(state))
+    whole, kept = generated(capsys, *write, "--load-state", str(state)), state.read_bytes()
+    changes: list[Callable[[torch.Tensor], torch.Tensor]] = [lambda t: t[1:], lambda t: t.float(), lambda t: t[None]]
+    for change in changes:
+        rewritten(state, lambda tensors, change=change: tensors.update(seen=change(tensors["seen"])))
+        assert "its seen tokens are" in refused(capsys, *write, "--load-state", str(state))
+        state.write_bytes(kept)
+    rewritten(state, lambda tensors: tensors.pop("seen"))
+    assert generated(capsys, *write, "--load-state", str(state)) == whole
 
 
 def test_what_does_not_go_together_is_refused(checkpoint: str, capsys: Capture, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reading by pieces is reading token by token: every block and every peer's rule, logits and final state, in float64."""
+"""Reading by pieces is reading token by token: every block, every peer's rule, logits and state."""
 
 from __future__ import annotations
 

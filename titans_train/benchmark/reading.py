@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -122,7 +123,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=block)
         axes.set(xscale="log", yscale="log", xlabel="tokens read before (log)", title=name)
         axes.set_xticks(contexts := sorted({r["context"] for r in rows}), [_short(c) for c in contexts])
-        axes.minorticks_off()
+        axes.set_xticks([], minor=True)
+        values = [r[key] / unit for r in rows]
+        axes.set_ylim(10 ** math.floor(math.log10(min(values))), 10 ** math.ceil(math.log10(max(values))))
         axes.grid(alpha=0.3, which="both")
     every[0].legend()
     figure.tight_layout()

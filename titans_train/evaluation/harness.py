@@ -37,11 +37,11 @@ class HarnessModel(TemplateLM):
     def tokenizer_name(self) -> str:
         return f"{self.text.kind}-{self.text.sha256[:12]}"
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **others: Any) -> list[int]:
         return [int(token) for token in self.text.encode([string])[0]]
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **others: Any
     ) -> list[tuple[float, bool]]:
         """Of each: log-probability of the continuation, and whether each of its tokens is the likeliest."""
         cases = [(np.array([*context, *asked], np.int64), len(asked)) for _, context, asked in requests]

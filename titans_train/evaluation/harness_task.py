@@ -45,7 +45,8 @@ def run(context: Context, options: argparse.Namespace) -> dict[str, Any]:
         except ImportError as error:
             raise UserError(f"--task harness needs lm_eval ({error}): pip install 'titans-train[harness]'") from error
         model = HarnessModel(context.scorer, context.tokenizer)
-        manager, tasks = load(names, options.include_path)
+        manager = manager_of(names, options.include_path)
+        tasks = load(names, manager)
         found = simple_evaluate(
             model=model, tasks=tasks, task_manager=manager, num_fewshot=options.fewshot, limit=options.limit,
             bootstrap_iters=RESAMPLED, log_samples=False,
@@ -55,15 +56,15 @@ def run(context: Context, options: argparse.Namespace) -> dict[str, Any]:
     for name, row in figures.items():
         for metric, value in row.items():
             if isinstance(value, float) and not metric.endswith("_stderr"):
-                error = row.get(f"{metric}_stderr")
-                more = f" ± {error:.4f}" if isinstance(error, float) else ""
+                spread = row.get(f"{metric}_stderr")
+                more = f" ± {spread:.4f}" if isinstance(spread, float) else ""
                 context.say(f"  {name:20} {metric:18} {value:>12.4f}{more}")
     settings = {"limit": options.limit, "fewshot": options.fewshot, "lm_eval": lm_eval.__version__}
     return {"settings": settings, "harness": figures}
 
 
 def names_of(text: str) -> list[str]:
-    """"paper" stands for PAPER. UserError: there is none."""
+    """ "paper" stands for PAPER. UserError: there is none."""
     given = [name.strip() for name in text.split(",") if name.strip()]
     names = [name for part in given for name in (PAPER if part == "paper" else (part,))]
     if not names:
@@ -107,7 +108,7 @@ def _switched() -> Iterator[None]:
     except ImportError:  # told by who needs them
         yield
         return
-    modules = (config, constants)
+    modules: tuple[Any, ...] = (config, constants)
     before = [module.HF_HUB_OFFLINE for module in modules]
     for module in modules:
         module.HF_HUB_OFFLINE = True
@@ -118,14 +119,20 @@ def _switched() -> Iterator[None]:
             module.HF_HUB_OFFLINE = value
 
 
-def load(names: list[str], folder: Path | None) -> tuple[Any, list[Any]]:
-    """lm_eval's task manager, and tasks with their data. UserError: a task or its data are not there."""
+def manager_of(names: list[str], folder: Path | None) -> Any:
+    """lm_eval's index of tasks: those of a folder if it has all that are wanted, else also the thousands of its own."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=folder, include_defaults=False) if folder else None
     if manager is None or any(name not in manager.task_index for name in names):
-        manager = TaskManager(include_path=folder)  # reads the thousands that lm_eval has
+        manager = TaskManager(include_path=folder)
+    return manager
+
+
+def load(names: list[str], manager: Any) -> list[Any]:
+    """Tasks and groups with their data. UserError: a task is not there, or data are not, all of them named."""
     tasks: list[Any] = []
+    missing: dict[str, str] = {}
     for name in names:
         if name not in manager.task_index:
             similar = difflib.get_close_matches(name, manager.task_index, 3)
@@ -134,23 +141,30 @@ def load(names: list[str], folder: Path | None) -> tuple[Any, list[Any]]:
         try:
             found = manager.load([name])
         except Exception as error:  # a task's YAML, its functions, the reader of its data: anything may come
-            raise UserError(_why(name, manager, error)) from error
-        groups = found.get("groups", {})
-        tasks += [groups[name]] if name in groups else found["tasks"].values()
-    return manager, tasks
+            config = manager.task_index[name].cfg or {}
+            if not isinstance(error, OSError) or not config.get("dataset_path") or config.get("dataset_kwargs"):
+                problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise UserError(
+                    f"the task {name} cannot be loaded ({problem}); look at its YAML file and its data"
+                ) from error
+            where = (config["dataset_path"], config.get("dataset_name"))
+            missing[name] = ", ".join(repr(part) for part in where if part)
+        else:
+            groups = found.get("groups", {})
+            tasks += [groups[name]] if name in groups else found["tasks"].values()
+    if missing:
+        raise UserError(_remedy(missing))
+    return tasks
 
 
-def _why(name: str, manager: Any, error: Exception) -> str:
-    problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    config = manager.task_index[name].cfg or {}
-    path, part = config.get("dataset_path"), config.get("dataset_name")
-    if not isinstance(error, OSError) or not path or config.get("dataset_kwargs"):
-        return f"the task {name} cannot be loaded ({problem}); look at its YAML file and its data"
-    what = ", ".join(repr(x) for x in (path, part) if x)
+def _remedy(missing: dict[str, str]) -> str:
+    """missing: task -> what `load_dataset` takes."""
+    each = "; ".join(f"{name} ({what})" for name, what in missing.items())
+    calls = "; ".join(f"load_dataset({what})" for what in dict.fromkeys(missing.values()))
     return (
-        f"the data of the task {name}, {what} of the Hugging Face hub, are not on this machine ({problem}). Where there "
-        f'is a network: HF_HOME=FOLDER python -c "import datasets; datasets.load_dataset({what})"; then bring FOLDER '
-        "here and set HF_HOME to it. Or choose other --tasks"
+        f"the data of these tasks, of the Hugging Face hub, are not on this machine: {each}.\n"
+        f'Where there is a network: HF_HOME=FOLDER python -c "from datasets import load_dataset; {calls}"\n'
+        "Then bring FOLDER here and set HF_HOME to it. Or choose other --tasks."
     )
 
 

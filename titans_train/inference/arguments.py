@@ -63,14 +63,13 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--load-state", type=Path, metavar="FILE", help="go on from a saved state")
     group.add_argument(
         "--save-state", type=Path, metavar="FILE",
-        help="keep the state after everything read and generated (--tokens 0: read only)",
+        help="keep the state after everything read and generated, a stop text too (--tokens 0: read only)",
     )  # fmt: skip
 
 
 def _add_several(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "several texts", "each as it would be alone with the same --seed, but for rounding"
-    )
+    about = "each as it would be alone with the same --seed, but for rounding"
+    group = parser.add_argument_group("several texts", about)
     group.add_argument(
         "--ask", type=Path, metavar="FILE",
         help="one question a line: each goes on from what was read before, and none sees another",
@@ -80,8 +79,13 @@ def _add_several(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling", "applied in this order")
-    group.add_argument("--tokens", type=int, default=200, metavar="N", help="to generate, at most (default: 200)")
+    length = parser.add_argument_group("length")
+    length.add_argument("--tokens", type=int, default=200, metavar="N", help="to generate, at most (default: 200)")
+    length.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    length.add_argument("--stop-at-end", action="store_true", help="end at the end of a document")
+    group = parser.add_argument_group("sampling", "options apply in this order")
     group.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="X",
         help="makes tokens of the prompt and the text so far less likely (default: 1, none; 1.2 is usual)",
@@ -95,10 +99,6 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--min-p", type=float, default=0.0, metavar="P", help="only tokens at least P times as likely as the likeliest"
     )
     group.add_argument("--seed", type=int, metavar="N", help="default: 0, or where the loaded state left off")
-    group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
-    )
-    group.add_argument("--stop-at-end", action="store_true", help="end at the end of a document")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

@@ -79,10 +79,12 @@ def _feed(model: Any, tokens: Tensor, state: ModelState | None) -> tuple[ModelSt
     """tokens [B, L] -> the state after them and the logits [B, V] of the next."""
     piece = max(PREFILL // len(tokens), 1)
     for first in range(0, tokens.shape[1], piece):
-        output = model(tokens[:, first : first + piece], state=state, return_state=True)
-        state = output.state
+        x, blocks = model.hidden(tokens[:, first : first + piece], None, state)
+        state = ModelState(tuple(blocks))
     assert state is not None
-    return state, output.logits[:, -1].clone()  # the last position's alone is kept
+    head = model.embedding if model.head is None else model.head
+    last = x.unflatten(0, (len(tokens), -1))[:, -1]  # logits of every position would take more than all the rest
+    return state, head(last, as_head=True)[:, : model.shape.vocabulary].clone()
 
 
 def _repeat(state: ModelState | None, rows: int) -> ModelState | None:

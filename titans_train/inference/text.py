@@ -56,8 +56,8 @@ class TextStream:
         return self._out(new) if new else ""
 
     def _decoded(self, whole: bool = False) -> str:
-        """Of the tokens in the window; where that changes what is out already, and further tokens have not mended it (or
-        none follow: `whole`), of the new tokens alone.
+        """Of the tokens in the window; of the new ones alone where that changes what is out already, and further tokens
+        have not mended it, or none follow (`whole`).
 
         A tokenizer.json with byte fallback shows a run of bytes that ends amid a character as U+FFFD throughout.
         """
