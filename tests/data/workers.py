@@ -18,6 +18,7 @@ from tests.data.corpus import run_config
 from tests.data.folders import QUICK, read_all
 from titans_train.data import DataError, loader, open_dataset
 from titans_train.data.cache import Cache, note_shared_memory
+from titans_train.data.readers import start_worker, worker_context
 from titans_train.data.shards import ShardStore
 from titans_train.data.shared_memory import listing
 from titans_train.plan import make_plan
@@ -131,3 +132,13 @@ def fail_to_start_readers(prepared: str, runs: str) -> None:
         next(loader(open_dataset(config), make_plan(config, 1)))
     except DataError as error:
         print(error)
+
+
+def slow_reader() -> None:
+    time.sleep(2)  # as unpickling a large dataset
+    start_worker(0)
+    time.sleep(300)
+
+
+def start_a_slow_reader() -> None:
+    worker_context().Process(target=slow_reader).start()

@@ -9,15 +9,17 @@ import sys
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_IMPORTER = os.getpid()
 
 
 def end_with_parent() -> None:
     """From now on the kernel kills this process when the thread that started it has ended. Does nothing but on Linux.
 
-    A parent that ended before this was called is not noticed.
+    A parent that has ended before is noticed where this module was imported there, and this process forked from it; not
+    noticed, a reader would stay for ever.
     """
     if sys.platform == "linux":
-        parent = os.getppid()
+        parent = os.getppid() if os.getpid() == _IMPORTER else _IMPORTER
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)
