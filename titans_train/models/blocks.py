@@ -54,6 +54,7 @@ class MemoryBranch(nn.Module):
     def __init__(self, shape: ModelShape, parts: Parts) -> None:
         super().__init__()
         assert shape.memory is not None
+        self.shows_persistent = shape.block == "mal"  # its attention sees the memory's output at persistent tokens
         self.memory = NeuralMemory(shape, parts) if shape.memory.rule == "titans" else PeerMemory(shape, parts)
 
     def after_persistent(self, persistent: Inputs | None) -> tuple[MemoryState, Tensor | None]:
@@ -73,9 +74,9 @@ class MemoryBranch(nn.Module):
         document_starts: Tensor | None,
         across: Neighbours,
     ) -> tuple[Tensor, MemoryLayerState, Tensor | None]:
-        """Heads [B, L, H, d], the state, and the heads of the persistent tokens [1, P, H, d]."""
+        """Heads [B, L, H, d], the state, and in MAL the heads of the persistent tokens [1, P, H, d]."""
         start, persistent_heads = None, None
-        if state is None or document_starts is not None or persistent is not None:
+        if state is None or document_starts is not None or (self.shows_persistent and persistent is not None):
             start, persistent_heads = self.after_persistent(persistent)
         if state is None:
             assert start is not None
