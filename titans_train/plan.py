@@ -256,6 +256,7 @@ def _resolve_memory(config: RunConfig) -> MemoryShape:
         normalize_values=m.normalize_values,
         convolution=m.convolution,
         key_start=m.key_start,
+        gate=m.gate,
         theta_max=float(m.theta_max) if m.theta_max is not None else limit / m.chunk_size,
         couple_theta=m.couple_theta,
         forget_bias=float(m.forget_bias),
@@ -270,7 +271,7 @@ def _peer_memory(m: Memory, head_dim: int) -> MemoryShape:
     return MemoryShape(
         rule=m.rule, chunk_size=m.chunk_size, depth=1, hidden=head_dim, activation="silu", residual_norm=False,
         momentum=False, forgetting=False, write=True, normalize_values=False, convolution=m.convolution,
-        key_start=m.key_start, theta_max=1.0, couple_theta=False, forget_bias=0.0, momentum_bias=0.0, theta_bias=0.0,
+        key_start=m.key_start, gate=m.gate, theta_max=1.0, couple_theta=False, forget_bias=0.0, momentum_bias=0.0, theta_bias=0.0,
         store_every=1,
     )  # fmt: skip
 

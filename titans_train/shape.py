@@ -49,6 +49,7 @@ class MemoryShape:
     normalize_values: bool  # l2-normalise v as q and k
     convolution: int  # taps of the causal depthwise convolutions; 1 means none
     key_start: str  # start of the keys' convolution: "token" (identity) or "pair" (average with the token before)
+    gate: str  # of MAC and MAG: which sides pass a non-linearity before their product, "memory" or "both"
     theta_max: float  # upper limit of the step size theta
     couple_theta: bool  # theta = theta_max * (1 - eta) * sigmoid(.)
     forget_bias: float  # alpha = sigmoid(. + forget_bias)

@@ -54,6 +54,9 @@ class Memory(Section):
     key_start: Literal["token", "pair"] = Field(
         default="token", description="* start of the keys' convolution: identity, or average with the token before"
     )
+    gate: Literal["memory", "both"] = Field(
+        default="memory", description="of MAC and MAG: which sides pass a non-linearity before their product"
+    )
     theta_max: float | None = Field(default=None, gt=0, le=100, description="null: a stable limit for the chunk size")
     couple_theta: bool = Field(default=True, description="theta = theta_max (1 - eta) sigmoid(.)")
     forget_bias: float = Field(default=-6.0, ge=-30, le=30)

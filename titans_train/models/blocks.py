@@ -186,16 +186,23 @@ class LMMBlock(Block):
 
 
 class Gating(nn.Module):
-    """The paper's gate of two branches: both normalised with a vector scale, a non-linearity, the product. Per head."""
+    """The paper's gate of two branches: both normalised with a vector scale, a non-linearity, the product. Per head.
+
+    The non-linearity of the memory alone trains far better than that of both (README, "Does it remember?"), which lets
+    little but positive values of either through.
+    """
 
     def __init__(self, shape: ModelShape, parts: Parts) -> None:
         super().__init__()
+        assert shape.memory is not None
+        self.both = shape.memory.gate == "both"
         self.left = HeadNorm(shape.heads, shape.head_dim, shape.norm_eps, parts)
         self.right = HeadNorm(shape.heads, shape.head_dim, shape.norm_eps, parts)
 
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+    def forward(self, attended: Tensor, remembered: Tensor) -> Tensor:
         """[B, L, H, d] twice -> [B, L, H d]"""
-        return (F.silu(self.left(left)) * F.silu(self.right(right))).flatten(2)
+        y = self.left(attended)
+        return ((F.silu(y) if self.both else y) * F.silu(self.right(remembered))).flatten(2)
 
 
 class MAGBlock(Block):
