@@ -67,14 +67,15 @@ class Submitted:
 
     def wait_again(self) -> None:
         """Until SLURM has taken the job from its nodes, and until it has started it again."""
-        self._wait(lambda job: job.get("Restarts") != "0" or job.get("JobState") not in ("RUNNING", "COMPLETING"))
+        self._wait(lambda job: job["Restarts"] != "0" or job["JobState"] not in ("RUNNING", "COMPLETING"))
         self.gone = time.monotonic()
-        self.cluster.wait_job(self.number, {"RUNNING", *_ENDED}, timeout=LIMIT_SECONDS)
+        self._wait(lambda job: job["JobState"] in (_ENDED if job["Restarts"] == "0" else (*_ENDED, "RUNNING")))
         self.before, self.whole = last_step(self.run), contents(self.run)
 
     def _wait(self, condition: Callable[[dict[str, str]], bool]) -> None:
+        """On SLURM's fields of the job; where it does not answer for once, it is asked again."""
         deadline = time.monotonic() + LIMIT_SECONDS
-        while not condition(self.cluster.job(self.number)) and time.monotonic() < deadline:
+        while not ((job := self.cluster.hurry(self.number)) and condition(job)) and time.monotonic() < deadline:
             time.sleep(0.1)
 
     def output(self) -> str:
