@@ -27,6 +27,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"memory": {"depth": 1}},
     {"memory": {"depth": 4, "residual_norm": False, "convolution": 1}},
     {"memory": {"momentum": False, "forgetting": False}},
+    {"memory": {"gate": "both"}, "attention": {"residual": False}},
     {"memory": {"momentum": False, "forgetting": False, "write": False}},
 ]
 
@@ -123,9 +124,9 @@ def matmul_flops(shape: ModelShape, length: int) -> float:
     return (sum(parts.values()) - parts["attention_scores"]) / 3 - 2 * shape.layers * elementwise
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_the_forward_does_the_flops_of_the_formula(block: str) -> None:
-    shape = tiny(block, attention={"persistent_tokens": 0, "window": None})
+@pytest.mark.parametrize(("block", "residual"), [*((block, True) for block in BLOCKS), ("mac", False)])
+def test_the_forward_does_the_flops_of_the_formula(block: str, residual: bool) -> None:
+    shape = tiny(block, attention={"persistent_tokens": 0, "window": None, "residual": residual})
     model, length = LanguageModel(shape), 16
     counted = counted_flops(lambda: model(torch.zeros(1, length, dtype=torch.int64)))
     assert counted / length == pytest.approx(matmul_flops(shape, length), rel=1e-12)

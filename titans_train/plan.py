@@ -228,6 +228,7 @@ def resolve_shape(config: RunConfig) -> ModelShape:
         attention=AttentionShape(
             window=a.window if block in ("transformer", "mag", "mal") else None,
             segment=a.segment if block == "mac" else None,
+            residual=block == "mac" and a.residual,
             persistent_tokens=0 if block == "transformer" or memory.rule != "titans" else a.persistent_tokens,
             rope_base=float(a.rope_base),
         ),

@@ -141,8 +141,9 @@ def flops_per_token(shape: ModelShape, length: int) -> dict[str, float]:
 
     A weight used once per token: 6 (2 forward, 4 backward). Attention: 12 D per key seen (2 D for the score and
     2 D for the sum, three times over). The scan: three times its forward. The head: 6 D V, tied or not.
-    MAC uses some weights twice: k and v of attention also on what was read, q of the memory also to read, and reads
-    the memory once more (2 i o per layer and head).
+    MAC uses some weights twice: k and v of attention also on what was read, the memory's projections (without residual:
+    q's) on the segment and on what was attended, its q convolution also to read; and it reads the memory once more (2 i
+    o per layer and head).
     """
     width, layers = shape.width, shape.layers
     per_block = block_parameters(shape)
@@ -155,7 +156,10 @@ def flops_per_token(shape: ModelShape, length: int) -> dict[str, float]:
     attention = 6 * per_block["attention"]
     if shape.block == "mac":
         attention += 6 * 2 * width**2
-        memory += 6 * (width**2 + width * taps)
+        assert m is not None
+        gates = (m.forgetting + m.momentum + m.write) * width * shape.heads
+        twice = 3 * width**2 + gates if shape.attention.residual else width**2
+        memory += 6 * (twice + width * taps)
         scan += 6 * fast_weights(shape)
     return {
         "attention_projections": float(layers * attention),

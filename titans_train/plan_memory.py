@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from titans_train import plan_counts as counts
 from titans_train import plan_messages as messages
 from titans_train.placement import FLOAT32, Placement
-from titans_train.shape import ModelShape
+from titans_train.shape import MemoryShape, ModelShape
 
 ZERO_STAGES = (0, 1, 2, 3)
+PEER_KEPT = {  # counted from the tensors that memory/peers saves, chunks of 16 to 64 tokens, heads of 32 and 64
+    "deltanet": (27.3, 8.0, 2.0), "gated_deltanet": (29.2, 12.2, 2.0), "mamba2": (15.1, 3.1, 1.0),
+    "rwkv7": (47.1, 4.2, 2.0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,22 @@ def layer_bytes(shape: ModelShape, at: Placement) -> float:
     else:
         if shape.has_attention:
             numbers += (8 if shape.attention.window is None else 10) * own
-        if shape.has_memory:
-            numbers += (20.5 + (2 if shape.block == "mag" else 0)) * own
+        if shape.memory is not None and shape.memory.rule != "titans":
+            numbers += 13 * own + sum(shape.peer_gates().values()) / at.tensor
+            wide = peer_numbers(shape.memory, shape.head_dim) * own
+        elif shape.has_memory:
+            numbers += 20.5 * own
             wide = 5 * own
+        if shape.block == "mag":
+            numbers += 2 * own
     split = at.tokens * (at.item * numbers + FLOAT32 * wide + _mask_bytes(shape, at.length))
     return at.item * at.stream_tokens * 2 * norms + split
+
+
+def peer_numbers(memory: MemoryShape, d: int) -> float:
+    """What another paper's rule keeps in float32, in widths of its heads: by token, by T x T products, by states."""
+    by_token, products, states = PEER_KEPT[memory.rule]
+    return by_token + products * memory.chunk_size / d + states * d / memory.chunk_size
 
 
 def _mask_bytes(shape: ModelShape, length: int) -> float:
@@ -165,7 +180,7 @@ def scan_state_bytes(shape: ModelShape, at: Placement) -> int:
     """Memory states that the scans keep for their backward: every `store_every`-th chunk's, of each layer (of one
     layer at a time with checkpointing). MAC's segments keep the weights twice more, as read and as handed on.
     Once per layer, whatever the batch: the initial state, and two states of the persistent tokens' scan."""
-    if shape.memory is None:
+    if shape.memory is None or shape.memory.rule != "titans":  # a peer's are among its layer's tensors
         return 0
     calls, chunks = _scans(shape, at.length)
     kept = calls * -(-chunks // shape.memory.store_every)

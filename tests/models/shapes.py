@@ -17,7 +17,7 @@ PEER = {
     "depth": 1, "hidden": 8, "residual_norm": False, "momentum": False, "forgetting": False, "normalize_values": False,
     "store_every": 1,
 }  # fmt: skip
-ATTENTION = AttentionShape(window=6, segment=8, persistent_tokens=3, rope_base=10000.0)
+ATTENTION = AttentionShape(window=6, segment=8, residual=True, persistent_tokens=3, rope_base=10000.0)
 SHAPE = ModelShape(
     block="mag", layers=2, width=16, heads=2, head_dim=8, vocabulary=29, padded_vocabulary=32,
     feed_forward=24, tied_head=True,

@@ -64,7 +64,7 @@ def model_shape(block: str, chunk: int, norm: bool) -> ModelShape:
     )  # fmt: skip
     return ModelShape(
         block, 1, DIM, HEADS, HEAD_DIM, 264, 264, 704, True, 1e-5, 0.02,
-        None if block == "transformer" else memory, AttentionShape(None, None, 0, 10000.0),
+        None if block == "transformer" else memory, AttentionShape(None, None, False, 0, 10000.0),
     )  # fmt: skip
 
 

@@ -68,6 +68,7 @@ class Memory(Section):
 class Attention(Section):
     window: int | None = Field(default=None, ge=1, description="keys a query sees, itself included; null: all")
     segment: int | None = Field(default=None, ge=1, description="MAC segment, a multiple of memory.chunk_size")
+    residual: bool = Field(default=True, description="MAC writes x + attended; false: attended alone, as in the paper")
     persistent_tokens: int = Field(default=4, ge=0, le=4096)
     rope_base: float = Field(default=10000.0, gt=1)
 

@@ -2,11 +2,15 @@
 
     h = M_{s-1}(q(x_s))                     read only: the memory as the previous segment left it
     y = Attn([P | h | x_s]), rows of x_s    row i sees h_j and x_j only for j <= i
-    o = y (x) M(y)                          y is written into the memory, and read back causally
+    o = y (x) M(x_s + y)                    x_s + y is written into the memory, and read back causally
 
-One columns layer serves x (the whole sequence at once), h and y, by different sections of it. Shapes: B batch, T
-tokens of (a piece of) a segment, H heads of this device, d head width, D width, N = B L tokens of the residual
-stream.
+The paper's formula has M(y) there, its text residual connections everywhere. With y alone (attention.residual false)
+what a token is reaches the memory only as far as attention has learned to look at it, and that trains far worse
+(README, "Does it remember?").
+
+One columns layer serves x (the whole sequence at once), h and y, by different sections of it; what is linear in x + y
+is the sum of both. Shapes: B batch, T tokens of (a piece of) a segment, H heads of this device, d head width, D width,
+N = B L tokens of the residual stream.
 """
 
 from __future__ import annotations
@@ -72,7 +76,8 @@ class MACBlock(Block):
         assert shape.attention.segment is not None
         self.segment = shape.attention.segment
         sections = attention_sections(shape) | memory_sections(shape)
-        self.memory_sections = tuple(memory_sections(shape))
+        self.memory_sections, self.residual = tuple(memory_sections(shape)), shape.attention.residual
+        self.x_sections = None if self.residual else ("q", "k", "v", "memory_q")
         self.project = parts.columns(shape.width, sections, shape.initializer_std)
         self.attention = Attention(shape, parts)
         self.attention_out = parts.rows(shape.width, shape.width, shape.initializer_std)
@@ -89,7 +94,7 @@ class MACBlock(Block):
     def mix(  # type: ignore[override]
         self, x: Tensor, batch: int, state: MACState | None, document_starts: Tensor | None
     ) -> tuple[Tensor, MACState]:
-        given = by_row(self.project(self.norm(x), "tokens", ("q", "k", "v", "memory_q")), batch)
+        given = by_row(self.project(self.norm(x), "tokens", self.x_sections), batch)
         initial = self.memory.initial_memory() if state is None or document_starts is not None else None
         if state is None:
             assert initial is not None
@@ -158,6 +163,8 @@ class MACBlock(Block):
         state = self._add_keys(given, context, state)
         heads = self._attend(given, state, fixed)
         y = self.project(self.attention_out(heads.flatten(2), "whole"), "whole", self.memory_sections)
+        if self.residual:
+            y = {name: value + given[name] for name, value in y.items()}
         # The memory rows of new documents are in place already: here only the convolutions restart.
         remembered, memory = self.memory(y, state.memory, *self._restart(starts, state), ends=ends)
         position = (state.position + heads.shape[1]) % self.segment

@@ -107,7 +107,7 @@ class PeerMemory(nn.Module):
         q, k, v = (self._split(F.silu(x)) for x in convolved)
         constants = {name: x.to(q.dtype) for name, x in zip(self.names, self.constants(), strict=True)}
         gates = {name: given[name].to(q.dtype) for name in given if name in ("beta", "decay", "rate")}
-        before = state.memory.weights
+        before = tuple(w.to(q.dtype) for w in state.memory.weights)
         if across is not None:
             before = tuple(across.receive("state", before))
         r = self._rule(q, k, v, gates, constants)
