@@ -64,7 +64,7 @@ def work(shape: ModelShape, length: int, shards: int) -> Work:
         slowest += scores * (2 * shards - 1) / shards - scores  # the last shard's queries see most keys
     chain, again = parts["memory_scan"], parts["memory_scan"]
     if shape.block == "mac":  # a segment's every step depends on the memory that the one before has left
-        of_x = 6 if shape.attention.residual else 4  # q, k, v of attention and of memory, or its q alone; gates are small
+        of_x = 6 if shape.attention.residual else 4  # q, k, v of attention, and of memory or its q alone
         outside = parts["feed_forward"] + 2 * (of_x + 1) * shape.width**2  # and the output projection
         chain, again = layer - outside, parts["memory_scan"]
     return Work(layer, slowest, chain, again, affine_flops(shape), head)
