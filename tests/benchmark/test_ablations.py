@@ -22,7 +22,8 @@ TINY = [
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_variant_has_the_parameters_of_the_reference_within_2_percent(task: str, tmp_path: Path) -> None:
-    counts = {v.name: count(Run(task, v, 0).config(FOLDER, [f"run.folder={tmp_path}"])) for v in VARIANTS}
+    run_folder = [f"run.folder={tmp_path}"]
+    counts = {v.name: count(Run(task, v, 0).config(FOLDER, run_folder)) for v in VARIANTS if task in v.tasks}
     assert all(abs(n / counts["lmm"] - 1) <= 0.02 for n in counts.values()), counts
 
 

@@ -35,7 +35,8 @@ def plan_of(block: str, stage: int, layout: dict[str, Any], dtype: str) -> Any:
         },
         "data": {"path": "unused"},
         "training": {"steps": STEPS, "sequence_length": LENGTH, "global_batch_size": ROWS, "micro_batch_size": micro},
-        "optimizer": {"gradient_clip": CLIP},
+        # eps: entries whose gradient is rounding alone would move by the whole rate, either way
+        "optimizer": {"gradient_clip": CLIP, "eps": 1e-6},
     }  # fmt: skip
     if block != "transformer":
         config["memory"] = {"chunk_size": 4} | ({"rule": rule} if rule else {"expansion": 2})

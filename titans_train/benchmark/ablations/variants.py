@@ -28,6 +28,7 @@ class Variant:
     change: tuple[str, ...]
     paper: tuple[float, float] | None  # perplexity, long-context score
     seeds: int
+    tasks: tuple[str, ...] = TASKS
 
     @property
     def slug(self) -> str:
@@ -56,7 +57,13 @@ def load_variants(folder: Path = FOLDER) -> list[Variant]:
     try:
         entries: dict[str, Any] = yaml.safe_load(path.read_text("utf-8"))
         return [
-            Variant(name, tuple(e["change"]), tuple(e["paper"]) if e.get("paper") else None, e.get("seeds", 1))
+            Variant(
+                name,
+                tuple(e["change"]),
+                tuple(e["paper"]) if e.get("paper") else None,
+                e.get("seeds", 1),
+                tuple(e.get("tasks", TASKS)),
+            )
             for name, e in entries.items()
         ]
     except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
@@ -81,4 +88,4 @@ def runs(variants: list[Variant], tasks: list[str], seeds: int | None = None) ->
     for seed in range(most if seeds is None else min(most, seeds)):
         for variant in variants:
             if seed < variant.seeds:
-                yield from (Run(task, variant, seed) for task in tasks)
+                yield from (Run(task, variant, seed) for task in tasks if task in variant.tasks)
