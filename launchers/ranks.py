@@ -114,43 +114,36 @@ class Ranks:
         self._judge(self.all)
         for thread in self.copies:
             thread.join(GRACE)
-        if self.status is None:
-            self.status = REQUEUE if self._unheard(self.first) else max(self._code(rank) for rank in self.all)
-        return self.status
+        return self.status if self.status is not None else max(self._code(rank) for rank in self.all)
 
     def _code(self, rank: Rank) -> int:
         """As a shell states it, but REQUEUE for a rank whose signal came before it could hear it: nothing is lost."""
         code = rank.process.returncode
         return code if code >= 0 else REQUEUE if -code in self.relayed else 128 - code
 
-    def _unheard(self, rank: Rank | None) -> bool:
-        """Ended by a signal that was passed on, before it could hear it."""
-        return rank is not None and rank.process.returncode < 0 and self._code(rank) == REQUEUE
-
     def _judge(self, ended: list[Rank]) -> None:
         """From the first bad end, or the first end at all, counts the time that the others have left.
 
-        A bad end beside one by a signal that the rank could not hear yet is that of a rank that misses the other.
+        A rank that a signal ended before it could hear it decides too: what ends badly beside it misses it.
         """
         if self.status is not None:
             return
-        unheard = [rank for rank in ended if self._unheard(rank)]
-        bad = [] if unheard else [rank for rank in ended if self._code(rank) not in (0, REQUEUE)]
-        if bad:
+        bad = [rank for rank in ended if self._code(rank) not in (0, REQUEUE)]
+        if any(rank.process.returncode < 0 and self._code(rank) == REQUEUE for rank in ended):
+            self.status, self.deadline = REQUEUE, time.monotonic() + GRACE
+        elif bad:
             self.status, self.deadline = self._code(bad[0]), time.monotonic() + GRACE
             code = bad[0].process.returncode
             how = f"ended with exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
             say(f"{bad[0]} {how}" + ("; the others are ended" if len(ended) < len(self.all) else ""))
-        elif ended and (self.first is None or (unheard and not self._unheard(self.first))):
-            self.first = (unheard or ended)[0]
-            self.deadline = time.monotonic() + (GRACE if self._unheard(self.first) else self.options.end_seconds)
+        elif ended and self.first is None:
+            self.first, self.deadline = ended[0], time.monotonic() + self.options.end_seconds
 
     def _end_late(self, running: list[Rank]) -> None:
-        if self.status is None and self.first is not None:
-            self.status = REQUEUE if self._unheard(self.first) else 1
-            if self.status != REQUEUE:
-                names = ", ".join(map(str, running))
-                say(f"{names} did not end within {self.options.end_seconds:g} s of {self.first}; ended now")
+        if self.status is None:
+            self.status = 1
+            names = ", ".join(map(str, running))
+            say(f"{names} did not end within {self.options.end_seconds:g} s of {self.first}; ended now")
         self._kill(running)
 
     def _kill(self, ranks: list[Rank]) -> None:

@@ -1,6 +1,5 @@
 """The same tokens in the same order on every layout, proven on the tensors a rank receives."""
 
-import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -8,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,8 @@ import torch
 
 from tests.data.corpus import mixed_config, run_config
 from tests.data.test_shards import flip
+from tests.launchers.test_ranks import wait_until
+from tests.slurm.cluster import command_line, variable
 from titans_train.config.schema import RunConfig
 from titans_train.data import Batch, DataError, TokenDataset, loader, open_dataset
 from titans_train.plan import make_plan
@@ -182,29 +182,17 @@ def test_a_killed_reader_is_named(prepared: Path, tmp_path: Path) -> None:
 def test_no_process_outlives_a_rank_that_is_killed_while_its_readers_start(tmp_path: Path) -> None:
     """The reader is forked, and takes its time to unpickle what it is to read; its own parent ends with the rank."""
     code = "from tests.data import workers; workers.start_a_slow_reader()"
-    mark = f"TITANS_TEST={tmp_path}".encode()
 
-    def marked() -> list[bytes]:
-        """Command lines of the processes with the mark."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if entry.name.isdigit() and mark in (entry / "environ").read_bytes():
-                    found.append((entry / "cmdline").read_bytes())
-        return [line for line in found if line]  # none: it has ended
+    def marked() -> list[str]:
+        """Command lines of the processes with the mark; one that has ended has none."""
+        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        return list(filter(None, (command_line(pid) for pid in pids if variable(pid, "TITANS_TEST") == str(tmp_path))))
 
     rank = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TITANS_TEST": str(tmp_path)})
-    until(lambda: sum(b"forkserver" in line for line in marked()) == 2)  # what readers are forked from, and the reader
+    wait_until(lambda: sum("forkserver" in line for line in marked()) == 2)  # what readers are forked from, and one
     rank.kill()
     rank.wait()
-    until(lambda: not marked())
-
-
-def until(true: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: not marked())
 
 
 def test_readers_that_cannot_start_are_an_error(prepared: Path, tmp_path: Path) -> None:

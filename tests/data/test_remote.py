@@ -76,7 +76,7 @@ def test_a_fault_that_stays_ends_in_bounded_time(faults: Faults, tmp_path: Path,
     faults.set(kind)
     started = time.monotonic()
     text = failure(URL, tmp_path / "file", QUICK if kind in ("slow", "silent") else PATIENT)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 10
     assert re.search(cause, text), text
     assert text.startswith(f"cannot fetch {URL} (")
     assert f"check the network and S3_ENDPOINT_URL={faults.address}, then start again" in text
@@ -146,7 +146,7 @@ def test_without_a_network_it_ends_soon(tmp_path: Path, monkeypatch: pytest.Monk
     set_environment(environment(f"http://127.0.0.1:{free_port()}"), monkeypatch)
     started = time.monotonic()
     text = failure(URL, tmp_path / "file", QUICK)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 10
     assert "(3 tries, " in text and "the server cannot be reached" in text
     assert "check the network and S3_ENDPOINT_URL=http://127.0.0.1:" in text
 
@@ -162,7 +162,7 @@ def test_an_address_that_never_answers_ends_soon(tmp_path: Path, monkeypatch: py
         set_environment(environment(f"http://127.0.0.1:{full.getsockname()[1]}"), monkeypatch)
         started = time.monotonic()
         text = failure(URL, tmp_path / "file", QUICK)
-        assert time.monotonic() - started < 30 and "(3 tries, " in text
+        assert time.monotonic() - started < 10 and "(3 tries, " in text
         for one in waiting:
             one.close()
 
