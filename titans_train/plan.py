@@ -273,7 +273,7 @@ def _peer_memory(m: Memory, head_dim: int) -> MemoryShape:
         rule=m.rule, chunk_size=m.chunk_size, depth=1, hidden=head_dim, activation="silu", residual_norm=False,
         momentum=False, forgetting=False, write=True, normalize_values=False, convolution=m.convolution,
         key_start=m.key_start, gate=m.gate, theta_max=1.0, couple_theta=False, forget_bias=0.0, momentum_bias=0.0,
-        theta_bias=0.0, store_every=1,
+        theta_bias=0.0, store_every=1, peer_kernels=m.peer_kernels,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+KERNEL_WIDTHS = range(16, 257, 2)  # of heads, that flash-linear-attention's kernels take
 BLOCKS = ("transformer", "lmm", "mac", "mag", "mal")
 
 
@@ -56,6 +57,7 @@ class MemoryShape:
     momentum_bias: float
     theta_bias: float
     store_every: int  # the backward keeps the state of every k-th chunk (no effect on results)
+    peer_kernels: str = "auto"  # "auto", "plain" or "fla": how a peer's rule is computed; not stored
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,11 @@ class ModelShape:
     attention: AttentionShape
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without what says how, not what, is computed: a run may go on, and a model be used, on another machine."""
+        out = asdict(self)
+        if self.memory is not None:
+            del out["memory"]["peer_kernels"]
+        return out
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelShape:

@@ -16,6 +16,7 @@ from titans_train.config.errors import Problem, nearest_divisors, nearest_multip
 from titans_train.config.explain import UnknownValueError
 from titans_train.config.schema import Model, RunConfig
 from titans_train.mixing import LONGEST_PERIOD, units
+from titans_train.shape import KERNEL_WIDTHS
 
 Check = Callable[[RunConfig], Iterator[Problem]]
 
@@ -158,6 +159,10 @@ def rule(config: RunConfig) -> Iterator[Problem]:
     if memory.rule == "rwkv7" and memory.chunk_size > WIDEST_CHUNK:
         message = f"{memory.chunk_size}, but {of}, whose decays fit float32 over at most {WIDEST_CHUNK} tokens"
         yield Problem("memory.chunk_size", message, f"use at most {WIDEST_CHUNK}; it changes no result")
+    width = config.model.width // config.model.heads
+    if memory.peer_kernels == "fla" and width not in KERNEL_WIDTHS:
+        limits = f"even widths of {KERNEL_WIDTHS[0]} to {KERNEL_WIDTHS[-1]}"
+        yield Problem("memory.peer_kernels", f"fla, whose kernels take {limits}; heads are {width} wide", "use auto")
     if (config.parallel.pieces or 1) > 1:
         message = f"{config.parallel.pieces}, but {of}, whose state is handed on whole"
         yield Problem("parallel.pieces", message, "use 1 or null")

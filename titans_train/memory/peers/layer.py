@@ -16,7 +16,7 @@ memory without momentum.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from titans_train.memory.convolution import CausalConvolution, convolve, document_positions, key_start
 from titans_train.memory.learned import Learned
-from titans_train.memory.peers.scan import linear_scan
+from titans_train.memory.peers.kernels import Terms, check, scan
 from titans_train.memory.state import MemoryState
 from titans_train.shape import ModelShape
 
@@ -49,24 +49,12 @@ def _start(name: str, size: tuple[int, ...]) -> Tensor:
     return torch.full(size, {"D": 1.0, "removal": 0.85, "mix": 1.0, "bonus": 0.0}[name])
 
 
-@dataclass(frozen=True)
-class _Recurrence:
-    """What scan.py is given, and what comes to its outputs beside."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor | None
-    a: Tensor | None
-    b: Tensor | None
-    beside: Tensor | None
-
-
 class PeerMemory(nn.Module):
     def __init__(self, shape: ModelShape, parts: Parts) -> None:
         super().__init__()
         assert shape.memory is not None
         self.shape, m = shape.memory, shape.memory
+        check(m.peer_kernels)
         self.heads, self.head_dim = parts.share(shape.heads), shape.head_dim
         starts = ((1.0,), key_start(m), (1.0,))
         convolutions = (CausalConvolution(shape.width, m.convolution, parts, start) for start in starts)
@@ -110,18 +98,23 @@ class PeerMemory(nn.Module):
         before = tuple(w.to(q.dtype) for w in state.memory.weights)
         if across is not None:
             before = tuple(across.receive("state", before))
-        r = self._rule(q, k, v, gates, constants)
-        size = self.shape.chunk_size
-        y, after = linear_scan(
-            r.q, r.k, r.v, r.log_decay, r.a, r.b, before[0], chunk_size=size, document_starts=document_starts
-        )
-        y = y if r.beside is None else y + r.beside
+        terms, beside = self._rule(q, k, v, gates, constants)
+        y, after = scan(
+            terms, before[0], chunk_size=self.shape.chunk_size, document_starts=document_starts,
+            kernels=self.shape.peer_kernels, dtype=inputs[0].dtype,
+        )  # fmt: skip
+        y = y if beside is None else y + beside
         if across is not None:
             y = across.send("state", y, [after])
         return y.to(inputs[0].dtype).transpose(1, 2), replace(state, memory=MemoryState((after,), ()), tails=tails)
 
-    def _rule(self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], c: dict[str, Tensor]) -> _Recurrence:
-        """q, k, v after their convolutions, [B, H, L, d]; gates [B, L, H] or [B, L, H d]."""
+    def _rule(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], c: dict[str, Tensor]
+    ) -> tuple[Terms, Tensor | None]:
+        """q, k, v after their convolutions, [B, H, L, d]; gates [B, L, H] or [B, L, H d].
+
+        Returns the recurrence, and what comes to its outputs beside.
+        """
         rule = self.shape.rule
         if rule == "rwkv7":
             log_decay = -SHARPEST * (self._split(gates["decay"]) + c["bias"][:, None]).sigmoid()
@@ -129,15 +122,13 @@ class PeerMemory(nn.Module):
             removal = F.normalize(k * c["removal"][:, None], dim=-1, eps=1e-6)
             k = k * (1 + (rate - 1) * c["mix"][:, None])
             beside = (q * k * c["bonus"][:, None]).sum(-1, keepdim=True) * v
-            return _Recurrence(q, k, v, log_decay, removal, -removal * rate, beside)
+            return Terms(q, k, v, log_decay, removal, -removal * rate), beside
         steps, decay = None, None  # [B, H, L]
         if "decay" in gates:
             steps = F.softplus(gates["decay"] + c["bias"]).transpose(1, 2)
             decay = -c["A"].exp()[:, None] * steps
         if rule == "mamba2":
             assert steps is not None
-            return _Recurrence(q, k, v * steps[..., None], decay, None, None, c["D"][:, None, None] * v)
+            return Terms(q, k, v * steps[..., None], decay), c["D"][:, None, None] * v
         q, k = F.normalize(q, dim=-1, eps=1e-6), F.normalize(k, dim=-1, eps=1e-6)
-        beta = gates["beta"].sigmoid().transpose(1, 2)[..., None]
-        kept = beta if decay is None else beta * decay.exp()[..., None]
-        return _Recurrence(q, k, beta * v, decay, k, -kept * k, None)
+        return Terms(q, k, v, decay, beta=gates["beta"].sigmoid().transpose(1, 2)), None
