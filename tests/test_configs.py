@@ -67,13 +67,9 @@ def test_the_quickstart_and_its_baseline_have_the_same_size_data_and_training() 
     )  # fmt: skip
 
 
-def test_recall_is_asked_four_chunks_later_and_beyond_convolution() -> None:
-    config = load_config(CONFIGS / "recall.yaml")
-    task = config.data.recall
-    assert task is not None
-    assert (config.model.block, config.data.source) == ("lmm", "recall")
-    assert task.pairs >= 16
-    assert task.values >= 64
-    assert config.memory.chunk_size >= 16
-    assert task.gap >= 4 * config.memory.chunk_size
-    assert task.gap > config.memory.convolution * config.model.layers
+def test_most_needles_of_the_ablations_are_beyond_windows_and_convolutions() -> None:
+    config = load_config(CONFIGS / "ablations" / "needles.yaml")
+    assert config.data.needles is not None and config.attention.window is not None
+    reach = config.model.layers * max(config.attention.window, config.memory.convolution)
+    assert reach <= config.training.sequence_length / 4
+    assert config.attention.segment <= config.training.sequence_length / 4

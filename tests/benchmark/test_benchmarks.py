@@ -41,15 +41,6 @@ def test_stability_reports_every_run_and_skips_those_it_has(tmp_path: Path, caps
     assert capsys.readouterr().out == ""
 
 
-def test_recall_draws_both_curves(tmp_path: Path) -> None:
-    settings = ["training.steps=4", "optimizer.warmup_steps=1", "model.layers=1"]
-    outputs = ["--json", str(tmp_path / "r.json"), "--picture", str(tmp_path / "r.png"), "--every", "2"]
-    assert main(["recall", "configs/recall.yaml", *settings, *outputs, "--off-steps", "2"]) == 0
-    curves = json.loads((tmp_path / "r.json").read_text())["curves"]
-    assert [p["step"] for p in curves["memory on"]] == [2, 4] and [p["step"] for p in curves["theta = 0"]] == [2]
-    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_memory_measures_a_case_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = "ours, operator, b=16"
     assert main(["memory", "--rounds", "1", "--cases", case, "--json", str(tmp_path / "m.json")]) == 0

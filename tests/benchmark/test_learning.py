@@ -11,11 +11,13 @@ from titans_train.benchmark import main
 
 
 @pytest.mark.long
-def test_the_memory_recalls_and_without_writing_it_stays_at_chance(tmp_path: Path) -> None:
-    main(["recall", "--off-steps", "300", "--json", str(tmp_path / "r.json")])
-    curves = json.loads((tmp_path / "r.json").read_text())["curves"]
-    assert curves["memory on"][-1]["accuracy"] >= 0.95
-    assert curves["theta = 0"][-1]["accuracy"] <= 0.05
+def test_the_memory_recalls_and_without_writing_it_does_not(tmp_path: Path) -> None:
+    path, folder = tmp_path / "recall.json", str(tmp_path / "runs")
+    words = ["--tasks", "recall", "--variants", "lmm", "lmm, memory off", "--seeds", "1", "--folder", folder]
+    assert main(["ablations", *words, "--json", str(path)]) == 0
+    accuracy = {run["variant"]: run["figures"]["accuracy"] for run in json.loads(path.read_text())}
+    assert accuracy["lmm"] >= 0.95
+    assert accuracy["lmm, memory off"] <= 0.15
 
 
 @pytest.mark.long
