@@ -251,8 +251,8 @@ def _resolve_memory(config: RunConfig) -> MemoryShape:
         hidden=m.expansion * head_dim,
         activation=m.activation,
         residual_norm=m.residual_norm,
-        momentum=m.momentum,
-        forgetting=m.forgetting,
+        momentum=m.momentum and m.write,
+        forgetting=m.forgetting and m.write,  # else the state before would still depend on the text
         write=m.write,
         normalize_values=m.normalize_values,
         convolution=m.convolution,

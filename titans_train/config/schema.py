@@ -48,7 +48,7 @@ class Memory(Section):
     residual_norm: bool = True
     momentum: bool = True
     forgetting: bool = True
-    write: bool = Field(default=True, description="false: theta = 0, the memory never learns (an ablation)")
+    write: bool = Field(default=True, description="false: theta = alpha = 0, the memory stays as it starts (an ablation)")
     normalize_values: bool = True
     convolution: int = Field(default=4, ge=1, le=64, description="* taps; 1: none")
     key_start: Literal["token", "pair"] = Field(

@@ -84,7 +84,7 @@ class Scorer:
             None if starts is None else F.pad(starts, (0, extra)),
         )  # fmt: skip
 
-    @torch.inference_mode()
+    @torch.no_grad()  # inference tensors would stay in what ZeRO 3 gathers ahead, and end the training
     def _batch(self, rows: list[int], given: Sample) -> Iterator[Scored]:
         length, where, parts = given.tokens.shape[1], device(), self.module.parts
         with parts.sequences_of(length):

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def text_tokens(path: Path, tokenizer: Any) -> Iterator[int]:
     """Tokens of a file, encoded by whole lines (a longer line in pieces)."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8", newline="") as file:
             while lines := file.readlines(READ_CHARACTERS):
                 for ids in tokenizer.encode(["".join(lines)]):
                     yield from (int(i) for i in ids)

@@ -13,10 +13,11 @@ from titans_train.config import RunConfig
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Weight decay is for the matrices of linear maps and the embedding (which is the head as well, where tied).
 
-    Not for norms, biases and convolutions (vectors, or taps near the identity), nor for what a document starts from
-    (initial memory weights, persistent tokens): decaying those would pull the start of every document to zero.
+    Not for norms, biases, convolutions (vectors, or taps near the identity) and the constants of others' rules, nor for
+    what a document starts from (initial memory weights, persistent tokens): decaying those would pull the start of
+    every document to zero.
     """
-    kept_whole = ("_conv.", "initial.", "persistent.", ".norm.value_", "norm.scale", "gating.", "_bias.")
+    kept_whole = ("_conv.", "initial.", "persistent.", "constants.", ".norm.value_", "norm.scale", "gating.", "_bias.")
     return parameter.ndim >= 2 and not any(part in name for part in kept_whole)
 
 
