@@ -167,6 +167,20 @@ def test_a_config_changed_after_loading_is_checked_again(tmp_path: Path) -> None
         make_plan(broken)
 
 
+@pytest.mark.parametrize("block", ["lmm", "mac", "mag", "mal"])
+def test_a_memory_that_is_off_keeps_nothing_of_the_text(block: str, tmp_path: Path) -> None:
+    """Neither does it forget its initial weights, at a rate that would depend on the text."""
+    shape = resolve_shape(load(tmp_path, f"model.block={block}", "memory.write=false", "attention.window=8"))
+    assert shape.memory is not None and not (shape.memory.forgetting or shape.memory.momentum)
+    torch.manual_seed(0)
+    model, tokens = LanguageModel(shape).double(), torch.randint(0, 250, (1, 160))
+    other = tokens.clone()
+    other[0, :4] = 251
+    first, second = model(tokens).logits, model(other).logits
+    assert not torch.equal(first[0, 3], second[0, 3])
+    assert torch.equal(first[0, 128:], second[0, 128:])
+
+
 @pytest.mark.parametrize(
     ("overrides", "theta_max", "store_every"),
     [

@@ -109,11 +109,9 @@ class Plan:
         )
         if s.memory is not None:
             m = s.memory
-            rule = "" if m.rule == "titans" else f"{m.rule}, "
-            lines.append(
-                f"memory      {rule}chunk {m.chunk_size}, depth {m.depth}, hidden {m.hidden}, "
-                f"theta up to {m.theta_max:.3g}, a state kept every {m.store_every} chunks"
-            )
+            own = f"depth {m.depth}, hidden {m.hidden}, theta up to {m.theta_max:.3g}, a state kept every"
+            what = f"{own} {m.store_every} chunks" if m.rule == "titans" else f"rule {m.rule}"
+            lines.append(f"memory      chunk {m.chunk_size}, {what}")
         if s.has_attention:
             a = s.attention
             reach = f"segment {a.segment}" if a.segment is not None else f"window {a.window or 'all'}"

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +67,57 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, capsys: 
     words = ["--tasks", "needles", "--cases", "1", "--folder", str(tmp_path / "runs"), "--seeds", "1"]
     assert main([*TINY, *words, "--variants", "lmm", "Mamba2"]) == 1
     captured = capsys.readouterr()
-    assert "needles-lmm-0 failed: train" in captured.err and "| Mamba2 |" in captured.out
+    assert "needles-lmm-0 failed: Failed: train" in captured.err and "| Mamba2 |" in captured.out
+
+
+def test_a_folder_with_another_run_or_another_number_of_cases_is_not_taken_for_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    words = ["--tasks", "needles", "--folder", str(tmp_path / "runs"), "--variants", "lmm", "--json", str(out)]
+    assert main([*TINY, *words, "--seeds", "1", "--cases", "1"]) == 0
+    (first,) = json.loads(out.read_text())
+    (tmp_path / "runs" / "needles-lmm-0.json").write_text("[]")
+    assert main([*TINY, *words, "--seeds", "1", "--cases", "2"]) == 0
+    (again,) = json.loads(out.read_text())
+    assert [row["cases"] for row in again["figures"]["needles"]] == [10] * 4 and again["cases"] == 2
+    assert again["figures"]["loss"] == first["figures"]["loss"] and again["cpu_seconds"] > first["cpu_seconds"]
+    assert main([*(w.replace("steps=2", "steps=3") for w in TINY), *words, "--seeds", "1", "--cases", "2"]) == 1
+    assert "has a run with other settings; remove it" in capsys.readouterr().err
+    assert json.loads(out.read_text()) == []
+
+
+def test_ctrl_c_ends_the_suite_and_nothing_new_begins(tmp_path: Path) -> None:
+    words = ["--tasks", "needles", "--folder", str(tmp_path), "--variants", "lmm", "no forgetting", "--workers", "1"]
+    tiny = [w.replace("training.steps=2", "training.steps=100000") for w in TINY]
+    command = [sys.executable, "-m", "titans_train", "benchmark", "ablations", *tiny, *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        log = tmp_path / "needles-lmm-0.log"
+        while not (log.exists() and "step" in log.read_text()):
+            assert process.poll() is None
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130 and "the same command goes on from here" in error
+    assert not (tmp_path / "needles-no-forgetting-0.log").exists()
 
 
 def test_wrong_names_and_missing_data_are_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no variant 'lstm'; there are lmm, mac"):
+    with pytest.raises(UserError, match="there is no variant 'lstm'; there are: lmm; mac"):
         main(["--variants", "lstm", "--folder", str(tmp_path)])
     with pytest.raises(UserError, match="data_prep --default-corpus"):
         main([f"data.path={tmp_path}/none", "--tasks", "text", "--folder", str(tmp_path), "--variants", "lmm"])
+    with pytest.raises(UserError, match="--workers is 0"):
+        main(["--workers", "0", "--folder", str(tmp_path)])
+    with pytest.raises(UserError, match="there is no folder"):
+        main(["--json", str(tmp_path / "none" / "x.json"), "--folder", str(tmp_path)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="give another folder"):
+        main(["--folder", str(tmp_path / "file")])
 
 
 def result(variant: str, seed: int, loss: float) -> dict[str, Any]:
@@ -78,8 +126,23 @@ def result(variant: str, seed: int, loss: float) -> dict[str, Any]:
 
 def test_signs_are_given_only_beyond_the_noise_of_seeds() -> None:
     results = [result("lmm", seed, loss) for seed, loss in enumerate((2.0, 2.1, 2.2))]
-    results += [result("mac", 0, 1.5), result("mag", 0, 2.15), result("mal", 0, 2.6)]
-    assert [sign(results, name, "text, loss") for name in ("mac", "mag", "mal", "transformer")] == ["+", "=", "-", "?"]
+    results += [result("mac", 0, 1.5), result("mag", 0, 2.15), result("mal", 0, 2.7), result("depth 1", 0, 2.5)]
+    results += [result("depth 3", seed, loss) for seed, loss in enumerate((2.3, 2.4, 2.5))]
+    results += [result("depth 4", 0, float("nan"))]
+    names = ("mac", "mag", "mal", "depth 1", "depth 3", "depth 4", "transformer")
+    # t quantiles: 4.303 for one seed against three (0.497 of a loss here), 2.776 for three (0.227)
+    assert [sign(results, name, "text, loss") for name in names] == ["+", "=", "-", "=", "-", "?", "?"]
+    assert sign([r for r in results if r["seed"] == 0], "mac", "text, loss") == "?"
     lines = table(results, VARIANTS).splitlines()
     assert lines[2] == "| lmm | 1,000 | 2.1000 ± 0.1000 |  | 0, 0 |"
     assert lines[3] == "| mac | 1,000 | 1.5000 | +, ? | +, + |"
+
+
+def test_a_needle_more_or_less_is_noise() -> None:
+    def found(variant: str, seed: int, share: float) -> dict[str, Any]:
+        row = {"accuracy": share, "cases": 100}
+        return {"task": "needles", "variant": variant, "seed": seed, "parameters": 9, "figures": {"needles": [row] * 4}}
+
+    results = [found("lmm", seed, 1.0) for seed in range(3)]
+    results += [found("mac", 0, 0.99), found("mag", 0, 0.5)]
+    assert [sign(results, name, "needles at 4x") for name in ("mac", "mag")] == ["=", "-"]

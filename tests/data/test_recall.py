@@ -28,6 +28,23 @@ def test_each_pair_comes_once_and_each_key_is_asked_once_after_the_gap() -> None
         assert set(tokens[32:62]) == {84} and set(tokens[94:]) == {85}
 
 
+def test_with_spread_every_key_is_asked_once_anywhere_later_and_values_do_not_repeat() -> None:
+    """Multi-query associative recall as Zoology publishes it."""
+    task = Recall(pairs=8, keys=20, values=8, gap=2, spread=0.1)
+    source, places = SyntheticDataset(RecallTask(task), 0, "train", 60, vocabulary=30), set()
+    for number in range(50):
+        sample = source.sequence(number)
+        tokens, labels = sample.tokens.tolist(), sample.labels.tolist()
+        pairs = dict(zip(tokens[0:16:2], tokens[1:16:2], strict=True))
+        asked = {place: label for place, label in enumerate(labels) if label != -100}
+        assert len(set(pairs.values())) == len(pairs) == 8
+        assert {tokens[place]: label for place, label in asked.items()} == pairs
+        assert all(place >= 18 and place % 2 == 0 for place in asked)
+        assert all(tokens[place] == 28 for place in range(16, 60) if place not in asked)
+        places |= set(asked)
+    assert len(places) == (60 - 18) // 2
+
+
 def test_labels_are_the_values_at_the_asked_keys_and_nowhere_else() -> None:
     sample = dataset().sequence(3)
     labelled = (sample.labels != -100).nonzero().flatten().tolist()
@@ -58,6 +75,7 @@ def test_the_loader_serves_it_as_any_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("task", "length", "vocabulary", "message"), [
     (Recall(pairs=21, keys=20), 400, 500, "pairs 21 > data.recall.keys 20"),
+    (Recall(pairs=9, values=8, spread=0.1), 400, 500, "pairs 9 > data.recall.values 8; with spread"),
     (TASK, 93, 500, r"4 \* pairs \+ gap = 94 tokens, training.sequence_length is 93"),
     (TASK, 100, 85, r"keys \+ values \+ 2 = 86 token ids, model.vocabulary is 85"),
 ])  # fmt: skip

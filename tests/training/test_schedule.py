@@ -35,7 +35,7 @@ def test_short_runs_have_a_learning_rate(steps: int, warmup: int) -> None:
 
 
 def test_matrices_decay_and_starting_points_norms_and_taps_do_not() -> None:
-    for block in ("lmm", "mac", "mag", "mal", "transformer"):
+    for block in ("lmm", "mac", "mag", "mal", "transformer", "lmm-rwkv7", "lmm-mamba2"):
         for name, parameter in LanguageModel(tiny(block)).named_parameters():
             linear = name.endswith(".weight") and "conv" not in name and parameter.ndim == 2
             assert decays(name, parameter) == linear, name

@@ -156,6 +156,8 @@ def rule(config: RunConfig) -> Iterator[Problem]:
         return
     if config.model.block == "mac":
         yield Problem("memory.rule", f"{memory.rule}, but block mac reads a memory apart from writing", "use titans")
+    if not memory.write:
+        yield Problem("memory.write", f"false, but {of}, which always writes", "use true, or memory.rule titans")
     if memory.rule == "rwkv7" and memory.chunk_size > WIDEST_CHUNK:
         message = f"{memory.chunk_size}, but {of}, whose decays fit float32 over at most {WIDEST_CHUNK} tokens"
         yield Problem("memory.chunk_size", message, f"use at most {WIDEST_CHUNK}; it changes no result")
@@ -284,6 +286,9 @@ def recall(config: RunConfig) -> Iterator[Problem]:
     if task.pairs > task.keys:
         message = f"{task.pairs} pairs need as many different keys, data.recall.keys is {task.keys}"
         yield Problem("data.recall.pairs", message, f"use at most {task.keys}, or data.recall.keys {task.pairs}")
+    if task.spread is not None and task.pairs > task.values:
+        message = f"{task.pairs} pairs with spread need as many values, data.recall.values is {task.values}"
+        yield Problem("data.recall.pairs", message, f"use at most {task.values}, or data.recall.values {task.pairs}")
     needed, given = 4 * task.pairs + task.gap, config.training.sequence_length
     if needed > given:
         message = f"{given} is too short for {task.pairs} pairs, a gap of {task.gap} and {task.pairs} queries"

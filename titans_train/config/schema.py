@@ -39,7 +39,7 @@ class Model(Section):
 
 class Memory(Section):
     rule: Literal["titans", "deltanet", "gated_deltanet", "mamba2", "rwkv7"] = Field(
-        default="titans", description="how the memory learns; others' rules, for comparison, use the * keys alone"
+        default="titans", description="how the memory learns; others' rules, to compare with, use the * keys and gate"
     )
     chunk_size: int = Field(default=64, ge=1, le=65536, description="* b: tokens per anchor; part of the model")
     depth: int = Field(default=2, ge=1, le=4)
@@ -48,7 +48,7 @@ class Memory(Section):
     residual_norm: bool = True
     momentum: bool = True
     forgetting: bool = True
-    write: bool = Field(default=True, description="false: theta = alpha = 0, the memory stays as it starts (an ablation)")
+    write: bool = Field(default=True, description="false: theta = alpha = 0: the memory stays as it starts")
     normalize_values: bool = True
     convolution: int = Field(default=4, ge=1, le=64, description="* taps; 1: none")
     key_start: Literal["token", "pair"] = Field(
@@ -72,7 +72,7 @@ class Attention(Section):
     window: int | None = Field(default=None, ge=1, description="keys a query sees, itself included; null: all")
     segment: int | None = Field(default=None, ge=1, description="MAC segment, a multiple of memory.chunk_size")
     residual: bool = Field(default=True, description="MAC writes x + attended; false: attended alone, as in the paper")
-    persistent_tokens: int = Field(default=4, ge=0, le=4096)
+    persistent_tokens: int = Field(default=4, ge=0, le=4096, description="none with others' memory.rule")
     rope_base: float = Field(default=10000.0, gt=1)
 
 

@@ -5,8 +5,9 @@ then padding. Labels are at the positions of the queried keys only (label = the 
 positions is the recall, and chance is 1 / values.
 
 Without `spread` the queries follow each other, each with its value. With `spread` = a it is multi-query associative
-recall as in Zoology (arXiv 2312.04927, appendix): queries stand anywhere in the rest of the sequence, gaps drawn from
-a density proportional to x^(a - 1), and no value follows; 0.01 there.
+recall as in Zoology (arXiv 2312.04927, appendix) and its published configs: values do not repeat, queries stand
+anywhere in the rest of the sequence between fillers, gaps drawn from a density proportional to x^(a - 1), and no value
+follows; a = 0.01 there.
 
 Token ids: keys 0..keys-1, values keys..keys+values-1, then one filler, then one for padding.
 """
@@ -38,6 +39,8 @@ class RecallTask:
         needed, symbols = 4 * task.pairs + task.gap, task.keys + task.values + 2
         if task.pairs > task.keys:
             return f"data.recall.pairs {task.pairs} > data.recall.keys {task.keys}; keys do not repeat"
+        if task.spread is not None and task.pairs > task.values:
+            return f"data.recall.pairs {task.pairs} > data.recall.values {task.values}; with spread they do not repeat"
         if needed > length:
             return (
                 f"recall needs 4 * pairs + gap = {needed} tokens, training.sequence_length is {length}; raise it or "
@@ -50,7 +53,10 @@ class RecallTask:
     def draw(self, key: tuple[int, ...], length: int) -> tuple[Integers, Integers]:
         task = self.settings
         keys = permutation(task.keys, *key, 0)[: task.pairs]
-        values = task.keys + (random_bits(task.pairs, *key, 1) % np.uint64(task.values)).astype(np.int64)
+        if task.spread is None:
+            values = task.keys + (random_bits(task.pairs, *key, 1) % np.uint64(task.values)).astype(np.int64)
+        else:
+            values = task.keys + permutation(task.values, *key, 1)[: task.pairs]
         queries = permutation(task.pairs, *key, 2)
         filler, padding = task.keys + task.values, task.keys + task.values + 1
 

@@ -6,12 +6,12 @@ import argparse
 import json
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from titans_train.benchmark.ablations.report import table, write_pictures
-from titans_train.benchmark.ablations.run import Failed, Result, run_one
-from titans_train.benchmark.ablations.variants import FOLDER, TASKS, Run, load_variants, runs
+from titans_train.benchmark.ablations.run import Result, run_one
+from titans_train.benchmark.ablations.variants import FOLDER, TASKS, Run, Variant, load_variants, runs
 from titans_train.config import RunConfig
 from titans_train.errors import UserError
 
@@ -33,26 +33,46 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     options = _arguments(argv)
-    variants = load_variants(options.configs)
-    if options.variants:
-        unknown = set(options.variants) - {v.name for v in variants}
-        if unknown:
-            names = ", ".join(v.name for v in variants)
-            raise UserError(f"there is no variant {sorted(unknown)[0]!r}; there are {names}")
-        variants = [v for v in variants if v.name in options.variants]
-    options.folder.mkdir(parents=True, exist_ok=True)
+    _check(options)
+    variants = _chosen(load_variants(options.configs), options.variants)
     overrides = [*options.overrides, f"run.folder={options.folder}"]
     wanted = [(run, run.config(options.configs, overrides)) for run in runs(variants, options.tasks, options.seeds)]
     _check_data(wanted)
-    results, failed = _all(wanted, options)
+    try:
+        results, failed = _all(wanted, options)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     print(table(results, variants))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
-    if options.pictures:
+    if options.pictures and results:
         write_pictures(results, variants, options.pictures)
     for name, why in failed.items():
         print(f"{name} failed: {why}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """UserError: what would fail after hours of training."""
+    for name in ("workers", "cases", "seeds"):
+        number = getattr(options, name)
+        if number is not None and number < 1:
+            raise UserError(f"--{name} is {number}; it is at least 1")
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}; create it")
+    for folder in filter(None, (options.folder, options.pictures)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made: {error}; give another folder") from error
+
+
+def _chosen(variants: list[Variant], names: list[str] | None) -> list[Variant]:
+    if unknown := set(names or ()) - {v.name for v in variants}:
+        known = "; ".join(v.name for v in variants)
+        raise UserError(f"there is no variant {sorted(unknown)[0]!r}; there are: {known}")
+    return [v for v in variants if names is None or v.name in names]
 
 
 def _check_data(wanted: list[tuple[Run, RunConfig]]) -> None:
@@ -66,14 +86,17 @@ def _all(wanted: list[tuple[Run, RunConfig]], options: argparse.Namespace) -> tu
     """Results in the order wanted, and what failed and why."""
     found: dict[str, Result] = {}
     failed: dict[str, str] = {}
-    with ProcessPoolExecutor(options.workers) as pool:
+    pool = ThreadPoolExecutor(options.workers)  # each only waits for the processes that it starts
+    try:
         jobs = {pool.submit(run_one, run, config, options.folder, options.cases): run for run, config in wanted}
         for number, job in enumerate(as_completed(jobs), 1):
             name = jobs[job].name
             try:
                 found[name] = job.result()
                 said = f"{found[name]['cpu_seconds']} CPU-s"
-            except Failed as error:
-                failed[name] = said = str(error)
+            except Exception as error:  # of whatever kind: the others go on, and this one is named
+                failed[name] = said = f"{type(error).__name__}: {error}"
             print(f"{number} of {len(jobs)}: {name}: {said}", file=sys.stderr, flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, which the trainings get too, nothing new begins
     return [found[run.name] for run, _ in wanted if run.name in found], failed

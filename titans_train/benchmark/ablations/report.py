@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -30,16 +31,32 @@ def values(results: list[Result], variant: str, column: str) -> list[float]:
     return [figure(r["figures"]) for r in results if r["variant"] == variant and r["task"] == task]
 
 
+def results_cases(results: list[Result]) -> int:
+    """Needles looked for at a length, in the run that has least."""
+    return min(r["figures"]["needles"][0]["cases"] for r in results if r["task"] == "needles")
+
+
+# Two-sided 95 % quantiles of Student's t, by degrees of freedom
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
 def sign(results: list[Result], variant: str, column: str) -> str:
-    """+ better than the reference, - worse, = within two deviations of a difference between seeds, ? unknown."""
-    ours, reference = values(results, variant, column), values(results, REFERENCE, column)
-    if not ours or not reference:
+    """+ better than the reference, - worse, = no difference beyond the noise at 95 %, ? no seeds to tell the noise by.
+
+    The noise: the deviation between seeds of both, as one, in a t test; for shares at least a binomial one.
+    """
+    groups = [values(results, name, column) for name in (variant, REFERENCE)]
+    freedom = sum(len(g) - 1 for g in groups)
+    if not all(groups) or freedom not in STUDENT or not all(map(math.isfinite, [*groups[0], *groups[1]])):
         return "?"
-    noise = max((statistics.stdev(x) for x in (ours, reference) if len(x) > 1), default=0.0)
-    difference = statistics.mean(ours) - statistics.mean(reference)
-    if abs(difference) <= 2 * noise * (1 / len(ours) + 1 / len(reference)) ** 0.5:
+    ours, reference = map(statistics.mean, groups)
+    variance = sum((len(g) - 1) * statistics.variance(g) for g in groups if len(g) > 1) / freedom
+    if COLUMNS[column][0] == "needles":
+        share, cases = statistics.mean([ours, reference]), results_cases(results)
+        variance = max(variance, share * (1 - share) / cases)
+    if abs(ours - reference) <= STUDENT[freedom] * math.sqrt(variance * sum(1 / len(g) for g in groups)):
         return "="
-    return "+" if (difference > 0) is COLUMNS[column][2] else "-"
+    return "+" if (ours > reference) is COLUMNS[column][2] else "-"
 
 
 def paper_signs(variant: Variant, reference: Variant | None) -> tuple[str, str]:
@@ -68,9 +85,10 @@ def table(results: list[Result], variants: list[Variant]) -> str:
     columns = [c for c in COLUMNS if any(values(results, v.name, c) for v in variants)]
     head = ["variant", "parameters", *columns, "ours: text, needles", "paper: perplexity, long"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    tasks = sorted({r["task"] for r in results}) or [""]  # parameters are those of the text, if it is among them
     reference = next((v for v in variants if v.name == REFERENCE), None)
     for v in variants:
-        sizes = {r["parameters"] for r in results if r["variant"] == v.name and r["task"] == "text"}
+        sizes = {r["parameters"] for r in results if r["variant"] == v.name and r["task"] == tasks[-1]}
         ours = [sign(results, v.name, c) for c in ("text, loss", "needles at 4x")]
         signs = "" if v.name == REFERENCE else ", ".join(ours)
         theirs = ", ".join(filter(None, paper_signs(v, reference)))

@@ -20,6 +20,7 @@ FOLDER = Path("configs/ablations")
 TASKS = ("needles", "recall", "text")
 REFERENCE = "lmm"
 STEP = 8  # feed-forward units are fitted in steps of so many
+CLOSE = 0.02  # how far from the reference's parameters a variant may be
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,20 @@ def load_variants(folder: Path = FOLDER) -> list[Variant]:
     path = folder / "variants.yaml"
     try:
         entries: dict[str, Any] = yaml.safe_load(path.read_text("utf-8"))
-        return [
+        variants = [
             Variant(
                 name,
                 tuple(e["change"]),
                 tuple(e["paper"]) if e.get("paper") else None,
-                e.get("seeds", 1),
+                int(e.get("seeds", 1)),
                 tuple(e.get("tasks", TASKS)),
             )
             for name, e in entries.items()
         ]
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        if not variants or not all(v.tasks and v.seeds > 0 and {*v.tasks} <= {*TASKS} for v in variants):
+            raise ValueError(f"variants have tasks out of {', '.join(TASKS)} and at least one seed")
+        return variants
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no list of variants: {error}; take the one of the project as pattern") from error
 
 
@@ -79,7 +83,13 @@ def fitted(config: RunConfig, reference: RunConfig) -> RunConfig:
     wanted, per_unit = count(reference), 3 * config.model.width * config.model.layers
     now = feed_forward_width(config.model)
     units = max(STEP, now + STEP * round((wanted - count(config)) / (per_unit * STEP)))
-    return config.model_copy(update={"model": config.model.model_copy(update={"feed_forward": units})})
+    found = config.model_copy(update={"model": config.model.model_copy(update={"feed_forward": units})})
+    if abs(count(found) / wanted - 1) > CLOSE:
+        raise UserError(
+            f"{config.run.name}: {count(found):,} parameters with model.feed_forward {units}, the reference has "
+            f"{wanted:,}, further apart than {CLOSE:.0%}; give a larger model.feed_forward"
+        )
+    return found
 
 
 def runs(variants: list[Variant], tasks: list[str], seeds: int | None = None) -> Iterator[Run]:
