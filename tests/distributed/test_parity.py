@@ -11,6 +11,7 @@ from titans_train.shape import BLOCKS, PEERS
 
 # Three AdamW steps of 1e-3: where a gradient is near zero, rounding that is divided by its own size moves a parameter.
 PARAMETER_LIMIT = 1e-4
+LATER_LIMIT = 5e-4  # of gradients taken at parameters that are so far apart
 
 
 def check(rows: list[dict[str, Any]]) -> None:
@@ -18,7 +19,7 @@ def check(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert row.get("norm", 0) <= (1e-5 if row["kind"] == "float32" else 0.1), row
         if row["kind"] == "float32":
-            assert row["parameter"] <= PARAMETER_LIMIT and row["later"] <= 1e-4, row
+            assert row["parameter"] <= PARAMETER_LIMIT and row["later"] <= LATER_LIMIT, row
 
 
 def test_zero_on_one_and_two_ranks() -> None:
