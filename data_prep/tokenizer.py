@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep import token_bytes
 from data_prep.errors import PrepareError
 from data_prep.manifest import FILE_NAME, LARGEST, Manifest, TokenizerEntry
 from data_prep.manifest_checks import TOKENIZER_FILES
@@ -40,6 +41,9 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids; end-of-document tokens and ids outside the vocabulary give nothing."""
 
+    def bytes_of_tokens(self) -> token_bytes.Table | None:
+        """Of text, by token id (token_bytes.py); None: not to be had."""
+
     def spec(self) -> dict[str, Any]:
         """What `from_spec` makes the same tokenizer of, as plain JSON: kind, path and end."""
 
@@ -58,6 +62,9 @@ class ByteTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if 0 <= token < 256).decode("utf-8", errors="replace")
+
+    def bytes_of_tokens(self) -> token_bytes.Table | None:
+        return token_bytes.of_bytes()
 
     def spec(self) -> dict[str, Any]:
         return {"kind": self.kind, "path": None, "end": self.end_of_document}
@@ -118,6 +125,9 @@ class HuggingFaceTokenizer(_FileTokenizer):
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(_known(tokens, self), skip_special_tokens=False))
 
+    def bytes_of_tokens(self) -> token_bytes.Table | None:
+        return token_bytes.of_huggingface(self._tokenizer, self.vocabulary, self.end_of_document)
+
 
 class SentencePieceTokenizer(_FileTokenizer):
     """A .model file of the `sentencepiece` library; the begin and end symbols it could add are never added."""
@@ -148,6 +158,9 @@ class SentencePieceTokenizer(_FileTokenizer):
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._model.decode(_known(tokens, self)))
+
+    def bytes_of_tokens(self) -> token_bytes.Table | None:
+        return token_bytes.of_sentencepiece(self._model)
 
     def _end_id(self, end_token: str | int | None) -> int:
         if end_token is None:

@@ -11,6 +11,9 @@ from typing import Any
 
 KERNEL_WIDTHS = range(16, 257, 2)  # of heads, that flash-linear-attention's kernels take
 BLOCKS = ("transformer", "lmm", "mac", "mag", "mal")
+BEFORE: dict[str, dict[str, Any]] = {  # what models are that were stored before there was a choice
+    "memory": {"rule": "titans", "gate": "both"}, "attention": {"residual": False},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,17 @@ class AttentionShape:
     rope_base: float
 
 
+def missing(shape: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a stored shape does not say, with what it was then, by section."""
+    sections = {name: (shape[name], old) for name, old in BEFORE.items() if isinstance(shape.get(name), dict)}
+    return {name: {k: v for k, v in old.items() if k not in given} for name, (given, old) in sections.items()}
+
+
+def completed(shape: dict[str, Any]) -> dict[str, Any]:
+    """A stored shape with what it does not say."""
+    return shape | {name: values | shape[name] for name, values in missing(shape).items()}
+
+
 @dataclass(frozen=True)
 class ModelShape:
     block: str  # one of BLOCKS
@@ -94,6 +108,8 @@ class ModelShape:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelShape:
+        """Of `to_dict`, of this or an earlier version."""
+        data = completed(data)
         memory = MemoryShape(**data["memory"]) if data["memory"] else None
         return cls(**{**data, "memory": memory, "attention": AttentionShape(**data["attention"])})
 

@@ -45,3 +45,10 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: Capture) -> 
     assert "--contexts has 1000; all but the largest" in error("--contexts", "1000", "2048")
     assert "--decode is 0" in error("--decode", "0")
     assert "there is no folder" in error("--json", str(tmp_path / "a" / "b.json"))
+    assert "is a folder" in error("--json", str(tmp_path))
+    assert "ends in one of .png" in error("--picture", str(tmp_path / "a.foo"))
+    assert "4 heads do not divide model.width 30" in error("--width", "30")
+    assert "rotary positions need it even" in error("--blocks", "mag", "--width", "12")
+    assert "--width is 0" in error("--width", "0")
+    above = error("--blocks", "transformer", "--contexts", "100000")
+    assert "--contexts are all above --attention-limit 65,536" in above

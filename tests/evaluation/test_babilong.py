@@ -13,21 +13,25 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from data_prep.tokenizer import ByteTokenizer
+from data_prep.tokenizer import ByteTokenizer, load_tokenizer
+from tests.data_prep.test_tokenizer import model_file
 from tests.evaluation.knowing import knowing
 from tests.inference.checkpoints import config, write_checkpoint
 from titans_train.__main__ import main
 from titans_train.errors import UserError
-from titans_train.evaluation.babilong import TaskFile, evaluate, find_files, pieces, tokens_of
-from titans_train.evaluation.babilong_make import MOVES, PERSONS, PLACES, TAKES, Maker
+from titans_train.evaluation.babilong import TaskFile, evaluate, find_files, tokens_of
+from titans_train.evaluation.babilong_make import MOVES, PERSONS, PLACES, TAKES, Maker, _options
 from titans_train.evaluation.babilong_make import main as make
+from titans_train.evaluation.babilong_make import make as make_files
 from titans_train.evaluation.babilong_prompts import around
 from titans_train.evaluation.cases import padded
+from titans_train.evaluation.encoding import pieces
 from titans_train.evaluation.scoring import Scorer
 from titans_train.parallel import process_group
 
 HAYSTACK = "It was a dark night. The rain fell in torrents! Mary had gone? A gust of wind checked it. " * 3
 TOKENIZER = ByteTokenizer()
+AS_LLAMA = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 Record = dict[str, str]
 
 
@@ -100,8 +104,21 @@ def test_files_are_found_by_task_and_length_in_both_layouts(tmp_path: Path) -> N
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps([record()]))
     assert [(f.task, f.length) for f in find_files(tmp_path, ["qa2", "qa1"], ["4k"])] == [("qa2", "4k"), ("qa1", "4k")]
-    with pytest.raises(UserError, match="no file for qa2/0k, qa10/0k, qa10/4k, qa1/128k, qa10/128k, qa1/1M, qa2/1M;"):
-        find_files(tmp_path)
+    assert [(f.task, f.length) for f in find_files(tmp_path, ["qa2"] * 2, ["4k"] * 2)] == [("qa2", "4k")]
+    there = [("qa1", "0k"), ("qa1", "4k"), ("qa2", "4k"), ("qa2", "128k"), ("qa10", "1M")]
+    assert [(f.task, f.length) for f in find_files(tmp_path)] == there
+    assert [(f.task, f.length) for f in find_files(tmp_path, ["qa10", "qa1"])] == [there[0], there[1], there[4]]
+    assert [(f.task, f.length) for f in find_files(tmp_path, [], ["1M", "4k"])] == [there[4], there[1], there[2]]
+    for tasks, lengths, problem in (
+        (["qa2", "qa1"], ["4k", "0k"], "no file for qa2/0k;"),
+        (["qa1", "qa3"], [], "no file for qa3/any length;"),
+        ([], ["4k", "2k"], "no file for any task/2k;"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            find_files(tmp_path, tasks, lengths)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="any task/any length; it has nothing"):
+        find_files(tmp_path / "empty")
     (tmp_path / "4k" / "qa1.json").write_text("[]")
     with pytest.raises(UserError, match="keep one"):
         find_files(tmp_path)
@@ -137,6 +154,15 @@ def test_the_answer_is_what_the_labels_ask_for_and_padding_stands_behind_it() ->
         asked = sample.labels[row] != -100
         assert TOKENIZER.decode(sample.labels[row][asked].tolist()) == f" {word}"
         assert asked.nonzero()[-1] == len(tokens) - 2
+
+
+def test_an_answer_has_the_tokens_that_it_has_behind_the_question(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(model_file(tmp_path, **AS_LLAMA)))
+    tokens, answer = tokens_of(tokenizer, "qa1", record(target="word7"), "bare")
+    alone = tokenizer.encode([" word7"])[0]
+    assert tokenizer.decode(tokens[-answer:].tolist()) == "word7" and answer == len(alone) - 1
+    whole = "<context>\nMary went to the garden.\n</context>\n\nQuestion: Where is Mary?\nAnswer: word7"
+    assert tokens.tolist() == tokenizer.encode([whole])[0].tolist()
 
 
 @pytest.mark.parametrize("block", ["lmm", "mag", "mac", "transformer"])
@@ -221,10 +247,11 @@ def test_the_command_reads_what_the_generator_writes(
     figures, picture = tmp_path / "f.json", tmp_path / "p.png"
     capsys.readouterr()
     options = ["--folder", str(made), "--samples", "2", "--json", str(figures), "--picture", str(picture)]
+    (made / "qa2" / "2k.jsonl").rename(made / "qa2" / "4k.jsonl")
     assert main(["evaluate", str(checkpoint), "--task", "babilong", *options]) == 0
     result: dict[str, Any] = json.loads(figures.read_text())
     assert [(r["task"], r["length"], r["samples"]) for r in result["results"]] == [
-        ("qa1", "0k", 2), ("qa2", "0k", 2), ("qa1", "2k", 2), ("qa2", "2k", 2),
+        ("qa1", "0k", 2), ("qa2", "0k", 2), ("qa1", "2k", 2), ("qa2", "4k", 2),
     ]  # fmt: skip
     assert result["prompt"] == "original" and result["step"] == 10
     assert all(r["low"] <= r["accuracy"] <= r["high"] and r["loss"] > 0 for r in result["results"])
@@ -254,3 +281,13 @@ def test_the_generator_refuses_what_cannot_be_before_it_writes(
         assert make(["--out", str(out), "--haystack", str(hay), "--task", "qa3", "--count", "5", *options]) == 2
         assert problem in capsys.readouterr().err
     assert not out.exists()
+    for place, problem in ((hay, "Not a directory"), (Path("/proc/made"), "cannot be written")):
+        assert make(["--out", str(place), "--haystack", str(hay), "--lengths", "2k", "--count", "1"]) == 2
+        assert problem in capsys.readouterr().err
+    assert hay.read_text() == HAYSTACK
+
+
+def test_a_length_given_twice_is_made_once(tmp_path: Path) -> None:
+    (tmp_path / "hay.txt").write_text(HAYSTACK)
+    options = _options(["--out", str(tmp_path), "--haystack", str(tmp_path / "hay.txt"), "--lengths", "0k", "0k"])
+    assert make_files(options) == [tmp_path / "qa1" / "0k.jsonl"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from titans_train.evaluation.intervals import wilson
+from titans_train.evaluation.intervals import clustered, wilson
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,23 @@ def test_an_interval_holds_the_share_and_stays_within_0_and_1() -> None:
 def test_what_is_no_share_is_refused(right: int, count: int) -> None:
     with pytest.raises(ValueError, match="no share"):
         wilson(right, count)
+
+
+def test_answers_of_one_sequence_count_as_those_that_they_are_worth() -> None:
+    assert clustered([1, 0, 1, 1], [1, 1, 1, 1]) == pytest.approx(wilson(3, 4), abs=0.05)
+    assert clustered([0, 0], [8, 8]) == wilson(0, 16) and clustered([8, 8], [8, 8]) == wilson(16, 16)
+    # all of a sequence right, or none: as many answers as sequences, less one
+    assert clustered([8] * 30 + [0] * 20, [8] * 50) == pytest.approx(wilson(0.6 * 49, 49), abs=1e-9)
+
+
+@pytest.mark.parametrize("mean", [0.3, 0.9])
+def test_the_interval_holds_the_true_share_in_95_of_100_experiments(mean: float) -> None:
+    draw, held, held_alone = random.Random(0), 0, 0
+    for _ in range(400):
+        shares = [draw.betavariate(2 * mean, 2 * (1 - mean)) for _ in range(60)]  # of each sequence
+        right = [sum(draw.random() < share for _ in range(16)) for share in shares]
+        low, high = clustered(right, [16] * 60)
+        held += low <= mean <= high
+        low, high = wilson(sum(right), 16 * 60)
+        held_alone += low <= mean <= high
+    assert 0.92 <= held / 400 <= 0.98 and held_alone / 400 < 0.8

@@ -56,7 +56,9 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "a control character": (GOOD.replace("Mary went", "Mary\x1b[2Jwent"), "record 1"),
     "bytes that are no UTF-8": (GOOD.encode() + GOOD.encode().replace(b"garden", b"g\xff"), "record 2"),
     "UTF-16": (GOOD.encode("utf-16"), "record 1"),
-    "a byte order mark": (GOOD.encode("utf-8-sig"), "record 1"),
+    "a byte order mark": (GOOD.encode("utf-8-sig"), "begins with a byte order mark"),
+    "a number of thousands of digits": (f'{GOOD}{GOOD[:-1]}, "more": {"9" * 5000}}}', "record 2"),
+    "a list with such a number": (f"[{GOOD}, {'9' * 5000}]", "record 2"),
     "an archive": (zipped(b"x"), "record 1"),
 }
 

@@ -180,3 +180,45 @@ def test_logits_that_are_not_finite_are_refused(saved: tuple[str, Path, Path], t
     path.write_bytes(saved[2].read_bytes())
     rewritten(path, lambda tensors: tensors["next_logits"].fill_(float("nan")))
     assert "not finite" in refused(capsys, "generate", str(saved[1]), "--load-state", str(path))
+
+
+def test_a_changed_number_anywhere_is_found(saved: tuple[str, Path, Path], tmp_path: Path, capsys: Capture) -> None:
+    """Within its range too, so that nothing else is wrong with it."""
+    block, checkpoint, state = saved
+    good = load_file(str(state))
+
+    def error(change: Callable[[Path], object]) -> str:
+        path = tmp_path / "state"
+        path.write_bytes(state.read_bytes())
+        change(path)
+        return refused(capsys, "generate", str(checkpoint), "--load-state", str(path))
+
+    def moved(fields: Any) -> None:
+        fields["attention"]["fields"]["position"] += 1
+
+    if block != "mac":  # there it would not fit the number of keys
+        assert "is damaged: its content is not what was saved" in error(lambda path: told(path, tree(moved)))
+    for name in (name for name, value in good.items() if name != "weights" and value.numel()):
+
+        def changed(tensors: dict[str, Tensor], name: str = name) -> None:
+            last = tensors[name].view(-1)[-1:]
+            last.copy_(~last if last.dtype == torch.bool else last + 1)
+
+        assert "is damaged: its content is not" in error(lambda path: rewritten(path, changed)), name  # noqa: B023
+
+
+@pytest.mark.parametrize("saved", ["mag", "mac"], indirect=True)
+def test_states_that_are_not_finite_are_refused_and_older_files_are_not(
+    saved: tuple[str, Path, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    """Files had no hash before."""
+    path = tmp_path / "state"
+    for value in (float("nan"), float("inf")):
+        path.write_bytes(saved[2].read_bytes())
+        rewritten(path, lambda tensors: tensors.pop("content"))
+        assert main(["generate", str(saved[1]), "--tokens", "1", "--load-state", str(path)]) == 0
+        name = next(n for n in load_file(str(path)) if n.endswith("memory.weights.0"))
+        damaged = load_file(str(path))[name].fill_(value)
+        rewritten(path, lambda tensors, name=name, damaged=damaged: tensors.update({name: damaged}))
+        error = refused(capsys, "generate", str(saved[1]), "--load-state", str(path))
+        assert "numbers that are not finite: the file is damaged" in error

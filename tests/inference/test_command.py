@@ -102,6 +102,8 @@ def test_prompts_and_sampling_values_that_cannot_be_are_refused(
     assert "give --prompt" in refused(capsys, source, "--prompt", "")
     assert "UTF-8" in refused(capsys, source, "--prompt-file", str(file))
     assert "No such file" in refused(capsys, source, "--prompt-file", str(tmp_path / "nothing.txt"))
+    for seed in ("-1", str(1 << 63), "9" * 20):
+        assert f"--seed is {seed}; it is from 0 to" in refused(capsys, source, "--prompt", "x", "--seed", seed)
     for values in (["--top-p", "2"], ["--top-p", "0"], ["--temperature", "-1"], ["--tokens", "-1"]):
         assert values[0].strip("-") in refused(capsys, source, "--prompt", "x", *values)
 

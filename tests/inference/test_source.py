@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from titans_train.__main__ import main
 from titans_train.errors import UserError
 from titans_train.inference import Sampler, sample_text
 from titans_train.models import LanguageModel
+from titans_train.shape import ModelShape
 from titans_train.training.manifest import read_manifest, write_manifest
 
 Capture = pytest.CaptureFixture[str]
@@ -63,7 +65,36 @@ def test_a_checkpoint_can_be_chosen_by_folder_or_by_its_name_in_the_run(checkpoi
     assert output(capsys, "generate", run, *WRITE) != old
     for name in (checkpoint.name, str(checkpoint)):
         assert output(capsys, "generate", run, *WRITE, "--checkpoint", name) == old
-    assert "step-1 holds no complete checkpoint" in refused(capsys, "generate", run, *WRITE, "--checkpoint", "step-1")
+    for source in (run, str(checkpoint)):
+        error = refused(capsys, "generate", source, *WRITE, "--checkpoint", "step-1")
+        assert "step-1 holds no complete checkpoint" in error and "train first" not in error
+        assert "there are step-00000020, step-00000010: name one of these" in error
+
+
+@pytest.mark.parametrize("block", ["mac", "mag", "transformer"])
+def test_a_checkpoint_of_an_earlier_version_is_what_it_was(block: str, tmp_path: Path, capsys: Capture) -> None:
+    old: dict[str, dict[str, Any]] = {"attention": {"residual": False}}
+    if block != "transformer":
+        old["memory"] = {"gate": "both"}
+    checkpoint = write_checkpoint(config(tmp_path / "runs", block, **old))
+    now = output(capsys, "generate", str(checkpoint), *WRITE)
+    record = read_manifest(checkpoint)
+    shape = ModelShape.from_dict(record["shape"])
+    for part in (record["shape"], record["config"]):
+        del part["attention"]["residual"]
+        for name in ("rule", "gate") if part["memory"] else ():
+            del part["memory"][name]
+    write_manifest(checkpoint, record)
+    assert ModelShape.from_dict(record["shape"]) == shape
+    for source in (checkpoint, checkpoint.parent.parent):
+        assert output(capsys, "generate", str(source), *WRITE) == now
+        assert output(capsys, "generate", str(source), "training.steps=99", *WRITE) == now
+    out = tmp_path / "out"
+    output(capsys, "export", str(checkpoint), str(out))
+    assert output(capsys, "generate", str(out), *WRITE) == now
+    if block == "mac":
+        error = refused(capsys, "generate", str(checkpoint), *WRITE, "attention.residual=true")
+        assert "attention.residual is False in the checkpoint, True in the config" in error
 
 
 @pytest.mark.parametrize("verb", ["generate", "evaluate"])
@@ -142,6 +173,24 @@ def test_folders_that_are_not_there_are_named_first(checkpoint: Path, capsys: Ca
     nowhere = str(tmp_path / "a" / "b")
     for verb in (["generate", str(checkpoint), *WRITE, "--save-state"], ["evaluate", str(checkpoint), "--json"]):
         assert f"there is no folder {tmp_path / 'a'}; create it" in refused(capsys, *verb, nowhere)
+
+
+def test_a_state_that_cannot_be_saved_is_refused_before_anything_is_read(
+    checkpoint: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    """Before the text, and the model."""
+    save = ["generate", str(checkpoint), "--prompt-file", str(tmp_path / "text"), "--save-state"]
+    (tmp_path / "text").write_text("import ")
+    weights = checkpoint / "rank-00000.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(b"")
+    assert "is a folder; name a file in it" in refused(capsys, *save, str(tmp_path))
+    assert "cannot be written" in refused(capsys, *save, "/proc/state")
+    assert "cannot be written (File name too long)" in refused(capsys, *save, str(tmp_path / ("x" * 255)))
+    weights.write_bytes(good)
+    (tmp_path / "state").write_bytes(b"before")
+    output(capsys, *save, str(tmp_path / "state"))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["state", "text"]
 
 
 def test_a_prompt_of_other_tokens_and_a_diverged_model_are_refused() -> None:

@@ -19,11 +19,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
+from tests.hostile.refusals import refused
+from tests.inference.checkpoints import config as checkpoint_config
+from tests.inference.checkpoints import write_checkpoint
 from tests.memory.peer_cases import CASES, document_starts, errors, leaves
 from tests.memory.test_peers import fla
 from tests.models.shapes import tiny
+from titans_train.__main__ import main
 from titans_train.config.checks import check_config
 from titans_train.config.schema import RunConfig
 from titans_train.errors import UserError
@@ -132,13 +137,36 @@ def test_tensors_on_the_cpu_never_go_to_the_kernels(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
-def test_asking_for_the_kernels_without_a_gpu_is_refused_before_a_model_is_made() -> None:
-    shape = tiny("lmm-rwkv7", memory={"peer_kernels": "fla"})
-    with pytest.raises(
-        UserError, match="memory.peer_kernels is fla, but there is no CUDA device: .* use auto or plain"
-    ):
-        PeerMemory(shape, SingleDevice())
+def test_training_with_the_kernels_without_a_gpu_is_refused_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = {"name": "r", "folder": str(tmp_path / "runs")}
+    values = checkpoint_config(tmp_path, "lmm", model={"heads": 1}, memory={"rule": "rwkv7"}).model_dump(mode="json")
+    values |= {"run": values["run"] | run, "attention": {"persistent_tokens": 0}}
+    values |= {"data": {"source": "recall", "recall": {"pairs": 2, "keys": 4, "values": 4, "gap": 4}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    error = refused(capsys, "train", str(tmp_path / "r.yaml"), "memory.peer_kernels=fla")
+    assert "memory.peer_kernels is fla, but there is no CUDA device: " in error and "use auto or plain" in error
+    assert not (tmp_path / "runs").exists()
     check("auto"), check("plain")
+
+
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
+def test_a_checkpoint_trained_with_the_kernels_is_used_without_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for choice in ("fla", "auto"):
+        memory = {"rule": "rwkv7", "peer_kernels": choice}
+        made = checkpoint_config(tmp_path / choice, "mag", model={"heads": 1}, memory=memory)
+        checkpoint = str(write_checkpoint(made))
+        capsys.readouterr()
+        assert main(["generate", checkpoint, "--prompt", "import ", "--tokens", "20"]) == 0
+        texts.append(capsys.readouterr().out)
+        assert main(["export", checkpoint, str(tmp_path / f"{choice}.out")]) == 0
+        assert main(["generate", str(tmp_path / f"{choice}.out"), "--prompt", "import ", "--tokens", "20"]) == 0
+        assert capsys.readouterr().out.endswith(texts[-1])
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.skipif(TRITON, reason="the kernels can be imported")

@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
+from tests.data.corpus import prepare_folder
 from tests.torchrun import ROOT
 
-CONFIG = {
+CONFIG: dict[str, dict[str, Any]] = {
     "run": {"name": "needles"},
     "model": {"block": "mag", "layers": 2, "width": 16, "heads": 2, "vocabulary": 24, "initializer_std": 0.2},
     "memory": {"chunk_size": 4, "expansion": 2, "key_start": "pair"},
@@ -35,8 +36,8 @@ def config(folder: Path, **evaluation: Any) -> Path:
     return path
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "runs" / "needles" / "metrics.jsonl"
+def lines(folder: Path, name: str = "needles") -> list[dict[str, Any]]:
+    path = folder / "runs" / name / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -71,6 +72,25 @@ def test_needles_are_looked_for_on_any_layout(tmp_path: Path) -> None:
     assert found["tensor"] == found["sequence"] == one
     positions = [line["validation_by_position"] for line in lines(tmp_path / "one") if "validation_by_position" in line]
     assert len(positions) == 2 and set(positions[0]) == {"to_0000016"}
+
+
+def test_validation_and_samples_leave_a_sharded_training_as_it_is(tmp_path: Path) -> None:
+    """ZeRO 3 gathers parameters ahead: what is asked of the model in between must not change how they are kept."""
+    data = {"source": "shards", "path": str(prepare_folder(tmp_path)), "needles": None}
+    model = CONFIG["model"] | {"vocabulary": 257}
+    losses = {}
+    for name, every in (("asked", 1), ("left", 100)):
+        path = config(tmp_path)
+        watch = CONFIG["monitoring"] | {"sample_every": every, "sample_tokens": 3, "validate_every": every}
+        values = yaml.safe_load(path.read_text())
+        values |= {"run": values["run"] | {"name": name}, "data": values["data"] | data, "model": model}
+        del values["evaluation"]
+        path.write_text(yaml.safe_dump(values | {"monitoring": watch, "parallel": {"zero_stage": 3}}))
+        done = train(path, ranks=2)
+        assert done.returncode == 0, done.stderr
+        assert (f"step {CONFIG['training']['steps']}, sample:" in done.stdout) == (every == 1)
+        losses[name] = [line["loss"] for line in lines(tmp_path, name) if "loss" in line]
+    assert losses["asked"] == losses["left"] and len(losses["left"]) == CONFIG["training"]["steps"]
 
 
 def test_what_cannot_be_asked_is_refused_before_the_first_step(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from titans_train.config import RunConfig
+from titans_train.config import ConfigError, RunConfig, check_config
 from titans_train.errors import UserError
 from titans_train.inference.sampling import Reading, Sampler, generate, read
 from titans_train.models import LanguageModel
@@ -36,10 +36,11 @@ from titans_train.shape import BLOCKS, ModelShape
 CONTEXTS = (1024, 4096, 16384, 65536, 262144)
 PIECE = 1024  # tokens read at once
 VOCABULARY = 264
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg")  # that matplotlib draws
 
 
 def shape_of(block: str, options: argparse.Namespace) -> ModelShape:
-    """Chunks of 64 tokens; windows and segments of 256."""
+    """Chunks of 64 tokens; windows and segments of 256. ConfigError: no model has these sizes."""
     sections: dict[str, Any] = {
         "run": {"name": "reading"}, "data": {"path": "none"},
         "model": {"block": block, "layers": options.layers, "width": options.width, "heads": 4,
@@ -49,7 +50,10 @@ def shape_of(block: str, options: argparse.Namespace) -> ModelShape:
     if block != "transformer":
         place = {"lmm": {}, "mac": {"segment": 256}}.get(block, {"window": 256})
         sections |= {"memory": {"chunk_size": 64}, "attention": {"persistent_tokens": 4, **place}}
-    return resolve_shape(RunConfig.model_validate(sections))
+    config = RunConfig.model_validate(sections)
+    if problems := check_config(config):
+        raise ConfigError(problems, f"a {block} of --layers {options.layers} and --width {options.width}")
+    return resolve_shape(config)
 
 
 def measure(block: str, contexts: list[int], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -151,7 +155,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--picture", type=Path, help="PNG of the three curves")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # receives the rows of the one block
     options = parser.parse_args(argv)
-    for name in ("layers", "repeats", "decode"):
+    for name in ("layers", "width", "repeats", "decode"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; it is at least 1")
     wrong = [c for c in options.contexts if c < 1 or (c % PIECE and c != max(options.contexts))]
@@ -162,7 +166,24 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     for path in (options.json, options.picture):
         if path and not path.absolute().parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}; create it")
+        if path and path.is_dir():
+            raise UserError(f"{path} is a folder; name a file in it")
+    if options.picture and options.picture.suffix.lower() not in PICTURES:
+        raise UserError(f"--picture {options.picture}: its name ends in one of {', '.join(PICTURES)}")
+    for block in options.blocks:
+        shape_of(block, options)
+    if not any(contexts_of(block, options) for block in options.blocks):
+        raise UserError(
+            f"--contexts are all above --attention-limit {options.attention_limit:,}, and there is no other block; "
+            "raise the limit, or give a smaller context"
+        )
     return options
+
+
+def contexts_of(block: str, options: argparse.Namespace) -> list[int]:
+    """Those at which a block is measured, in rising order."""
+    limit = options.attention_limit if block == "transformer" else max(options.contexts)
+    return sorted({c for c in options.contexts if c <= limit})
 
 
 def main(argv: list[str]) -> int:
@@ -173,9 +194,7 @@ def main(argv: list[str]) -> int:
         return 0
     rows: list[dict[str, Any]] = []
     for block in options.blocks:
-        limit = options.attention_limit if block == "transformer" else max(options.contexts)
-        contexts = sorted({c for c in options.contexts if c <= limit})
-        if contexts:
+        if contexts := contexts_of(block, options):
             rows += _in_a_process(block, contexts, argv)
     print(table(rows))
     if left := [c for c in options.contexts if c > options.attention_limit and "transformer" in options.blocks]:

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xxhash
 
 from data_prep.manifest import SPLITS
+from data_prep.token_bytes import Table
 from data_prep.tokenizer import Tokenizer
 from titans_train.data.cache import Cache, note_shared_memory
 from titans_train.data.cursor import Cursor
@@ -16,7 +18,7 @@ from titans_train.data.errors import DataError
 from titans_train.data.order import GROUP_SHARDS
 from titans_train.data.packing import Layout
 from titans_train.data.remote import Remote
-from titans_train.data.sample import Sample
+from titans_train.data.sample import IGNORE, Sample
 from titans_train.data.shards import ShardStore
 from titans_train.data.source import SourceStream
 from titans_train.data.synthetic import SyntheticDataset
@@ -63,6 +65,10 @@ class TokenDataset:
         self.padding_share = sum(w * s.padding_share for w, s in zip(shares, streams, strict=True))
         self.dropped_tokens = sum(s.dropped_tokens for s in streams)
         self.bytes_per_token: float | None = sum(w * s.bytes_per_token for w, s in zip(shares, streams, strict=True))
+        self._bytes_of_tokens: Table | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bytes_of_tokens": None}
 
     def at(self, cursor: Cursor) -> TokenDataset:
         """The same with the steps of changed weights counted by another cursor."""
@@ -89,6 +95,17 @@ class TokenDataset:
             parts.append(streams[source].sequences([places[row][1] for row in rows], begin, end))
             order += rows
         return parts[0] if len(parts) == 1 else Sample.join(parts, order)
+
+    def text_bytes(self, sample: Sample) -> list[float]:
+        """Bytes of text that the labels of each sequence of `sample` [n, L] stand for; NaN where that is not known."""
+        store = next(iter(self.sources.values())).store
+        if self._bytes_of_tokens is None:
+            self._bytes_of_tokens = _bytes_of_tokens(store)
+        table, tokens, labels = self._bytes_of_tokens, sample.tokens.numpy(), sample.labels.numpy()
+        first = tokens == store.manifest.tokenizer.end_of_document  # the label is the first token of a document
+        found = table[labels.clip(0, len(table) - 1), first.astype(np.int64)]
+        sums: list[float] = np.where(labels == IGNORE, 0, found).sum(-1).tolist()
+        return sums
 
     def readers_started(self) -> None:
         """So that the next run can clean up after this one, should it be killed."""
@@ -127,6 +144,15 @@ class TokenDataset:
                 "padding": stream.padding_share,
             }
         return found
+
+
+def _bytes_of_tokens(store: ShardStore) -> Table:
+    """NaN where the tokenizer does not tell, or is not to be had: no reason to end a training."""
+    try:
+        table = store.tokenizer().bytes_of_tokens()
+    except (DataError, ImportError):
+        table = None
+    return np.full((store.manifest.tokenizer.vocabulary, 2), np.nan) if table is None else table
 
 
 def _phases(weights: Weights, cursor: Cursor) -> list[tuple[int, Mapping[str, float]]]:

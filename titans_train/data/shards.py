@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -25,6 +25,9 @@ from titans_train.data.lengths import read_lengths
 from titans_train.data.mds import MdsFile, Tokens
 from titans_train.data.remote import Remote
 from titans_train.data.verified import REMEDY, VerifiedFiles, read_manifest
+
+if TYPE_CHECKING:
+    from data_prep.tokenizer import Tokenizer
 
 _TRIES = 8  # of a file that others change or remove before it is open
 _REMOTE = Remote()
@@ -81,6 +84,12 @@ class ShardStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lengths": None}
+
+    def tokenizer(self) -> Tokenizer:
+        """The one that the documents were prepared with. DataError: it cannot be read, or has changed."""
+        from titans_train.data.tokenizer import open_tokenizer
+
+        return open_tokenizer(self.path, self._files.cache, self._files.remote)
 
     def _choose(self, source: str | None) -> tuple[str, ...]:
         known = sorted(self.manifest.splits.get(self.split, {}))

@@ -11,6 +11,7 @@ right one at each of its places.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -20,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from titans_train.errors import UserError
 from titans_train.evaluation.babilong_prompts import around
 from titans_train.evaluation.cases import Case, padded
+from titans_train.evaluation.encoding import Encoder, behind, encode, pieces
 from titans_train.evaluation.intervals import wilson
-from titans_train.evaluation.needles import Encoder
 from titans_train.evaluation.scoring import Scorer, case_sums
 from titans_train.untrusted import parse_json
 
@@ -34,6 +34,7 @@ FIELDS = ("input", "question", "target")
 LARGEST_RECORD = 128 << 20  # bytes; one of 10M tokens of English takes about 45 MB
 BLOCK = 1 << 20  # bytes read at once
 PIECE = 1 << 20  # characters given to the tokenizer at once
+_BOM = codecs.BOM_UTF8.decode("latin-1")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -92,7 +93,9 @@ def _places(path: Path) -> Iterator[tuple[int, int]]:
     window = _Window(path)
     number = 0
     with window.file:
-        listed = window.next() == "["
+        if (begin := window.next()) == _BOM[0]:
+            raise _bad(path, 1, "the file begins with a byte order mark; save it as UTF-8 without one")
+        listed = begin == "["
         window.at += listed
         while (char := window.next()) != ("]" if listed else ""):
             if listed and number:
@@ -145,6 +148,8 @@ class _Window:
                     raise _bad(self.path, number, f"it is larger than {LARGEST_RECORD:,} bytes") from error
                 if not cut or not self.more():
                     raise _bad(self.path, number, f"it is no JSON ({error.msg})") from error
+            except ValueError as error:  # Python reads no integer of more than 4300 digits
+                raise _bad(self.path, number, "one of its numbers has thousands of digits") from error
 
 
 _DECODER = json.JSONDecoder()
@@ -153,7 +158,9 @@ _DECODER = json.JSONDecoder()
 def find_files(
     folder: Path, tasks: Sequence[str] = (), lengths: Sequence[str] = (), first: int | None = None
 ) -> list[TaskFile]:
-    """Of these tasks and lengths (empty: all there are), shorter ones first. UserError where one is not there."""
+    """Of these tasks and lengths (empty: all there are), each once, by length. UserError: one that is asked for is not
+    there, for any task or length or, where both are given, for each.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give one with BABILong's files as qa1/4k.json")
     for name in [*(t for t in tasks if not is_task(t)), *(n for n in lengths if length_of(n) is None)]:
@@ -166,12 +173,16 @@ def find_files(
             other = found.setdefault((task, length), path)
             if other != path:
                 raise UserError(f"{other} and {path} are both {task} at {length}; keep one of them")
-    tasks = tasks or sorted({task for task, _ in found}, key=lambda task: int(task[2:]))
-    lengths = lengths or sorted({length for _, length in found}, key=lambda length: length_of(length) or 0)
-    if missing := [f"{task}/{length}" for length in lengths for task in tasks if (task, length) not in found]:
+    wanted = [(t, n) for n in dict.fromkeys(lengths) for t in dict.fromkeys(tasks)]
+    wanted = wanted or [(t, "") for t in tasks] or [("", n) for n in lengths] or [("", "")]
+    if missing := [(t, n) for t, n in wanted if not any(t in (a, "") and n in (b, "") for a, b in found)]:
+        lacking = ", ".join(f"{task or 'any task'}/{length or 'any length'}" for task, length in missing)
         there = ", ".join(f"{task}/{length}" for task, length in found) or "nothing"
-        raise UserError(f"{folder} has no file for {', '.join(missing)}; it has {there}. Choose --tasks and --lengths")
-    return [TaskFile(task, length, found[task, length], first) for length in lengths for task in tasks]
+        raise UserError(f"{folder} has no file for {lacking}; it has {there}. Choose --tasks and --lengths")
+    tasks = list(dict.fromkeys(tasks)) or sorted({task for task, _ in found}, key=lambda task: int(task[2:]))
+    lengths = list(dict.fromkeys(lengths)) or sorted({length for _, length in found}, key=lambda n: length_of(n) or 0)
+    pairs = [(task, length) for length in lengths for task in tasks if (task, length) in found]
+    return [TaskFile(task, length, found[task, length], first) for task, length in pairs]
 
 
 def is_task(name: str) -> bool:
@@ -184,36 +195,16 @@ def length_of(name: str) -> int | None:
     return int(found[1]) * {"": 1, "M": 10**6}.get(found[2], 1000) if found else None
 
 
-def pieces(text: str, size: int = PIECE) -> list[str]:
-    """A text in pieces of at most `size` characters, at least one. They begin with a space where there is one: a
-    tokenizer that never joins a space to the word before it gives them the tokens that it gives the whole.
-    """
-    found, begin = [], 0
-    while len(text) - begin > size:
-        border = text.rfind(" ", begin + 1, begin + size)
-        end = begin + size if border < 0 else border
-        found.append(text[begin:end])
-        begin = end
-    return [*found, text[begin:]]
-
-
 def tokens_of(tokenizer: Encoder, task: str, record: dict[str, str], style: str) -> Case:
     """Prompt and answer [L], and how many of the last tokens are the answer.
 
-    The answer is encoded behind the question, as it would be written; only where that gives other tokens to the
-    question, by itself.
+    The answer is encoded behind the question, as it would be written.
     """
-
-    def encode(text: str) -> NDArray[np.int64]:
-        return np.asarray(tokenizer.encode([text])[0], np.int64)
-
     before, after = around(task, record["question"], style)
     answer = " " + record["target"].strip()
-    *first, last = pieces(before + record["input"].strip() + after)
-    alone, both = encode(last), encode(last + answer)
-    if not np.array_equal(both[: len(alone)], alone) or len(both) == len(alone):
-        both = np.concatenate([alone, encode(answer)])
-    return np.concatenate([*(encode(text) for text in first), both]), len(both) - len(alone)
+    parts = pieces(before + record["input"].strip() + after, PIECE)
+    asked = behind(tokenizer, parts[-1], answer)
+    return np.concatenate([*(encode(tokenizer, text) for text in parts), asked]), len(asked)
 
 
 def evaluate(scorer: Scorer, file: TaskFile, tokenizer: Encoder, style: str = "original") -> dict[str, Any]:

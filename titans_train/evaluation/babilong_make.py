@@ -28,7 +28,7 @@ from data_prep.errors import PrepareError
 from data_prep.tokenizer import load_tokenizer
 from titans_train.errors import UserError
 from titans_train.evaluation.babilong import length_of
-from titans_train.evaluation.needles import Encoder
+from titans_train.evaluation.encoding import Encoder
 from titans_train.untrusted import read_bounded
 
 PERSONS = ("Daniel", "John", "Mary", "Sandra")
@@ -173,16 +173,19 @@ def _scattered(facts: list[str], hay: list[str], draw: random.Random) -> str:
 
 
 def write(maker: Maker, folder: Path, name: str, count: int) -> Path:
-    """`count` records of the length `name` to FOLDER/<task>/<name>.jsonl, which is whole or not there."""
+    """`count` records of the length `name` to FOLDER/<task>/<name>.jsonl, which is whole or not there. UserError."""
     length = length_of(name)
     assert length is not None
     path = folder / maker.task / f"{name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for n in range(count):
-            file.write(json.dumps(maker.record(length, n), ensure_ascii=False) + "\n")
-    return partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            for n in range(count):
+                file.write(json.dumps(maker.record(length, n), ensure_ascii=False) + "\n")
+        return partial.replace(path)
+    except OSError as error:
+        raise UserError(f"--out {folder}: {path} cannot be written: {error.strerror}; give another folder") from error
 
 
 def _options(args: Sequence[str] | None) -> Any:
@@ -215,10 +218,11 @@ def make(options: Any) -> list[Path]:
     except PrepareError as error:
         raise UserError(str(error)) from error
     maker = Maker(options.task, tokenizer, haystack, options.seed)
-    for name in options.lengths:
+    lengths = list(dict.fromkeys(options.lengths))
+    for name in lengths:
         for n in range(options.count):
             maker.begun(length_of(name) or 0, n)
-    return [write(maker, options.out, name, options.count) for name in options.lengths]
+    return [write(maker, options.out, name, options.count) for name in lengths]
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from titans_train.errors import UserError
 from titans_train.evaluation.babilong import evaluate, find_files
 from titans_train.evaluation.babilong_prompts import STYLES
 from titans_train.evaluation.context import Context
+from titans_train.evaluation.grid import Cells, heat_map
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,29 +44,14 @@ def run(context: Context, options: argparse.Namespace) -> dict[str, Any]:
             f"{row['low']:.1%} to {row['high']:.1%}"
         )
         rows.append(row)
-    if options.picture and context.mesh.is_first:
-        heat_map(rows, options.picture, f"{context.source.config.run.name}, step {context.about['step']}")
     return {"prompt": options.prompt, "results": rows}
 
 
-def heat_map(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Tasks down, lengths across."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    tasks, lengths = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "length"))
+def draw(figures: dict[str, Any], path: Path, title: str) -> None:
+    """Tasks down, lengths across, empty where there is no file."""
+    rows = figures["results"]
+    tasks = list(dict.fromkeys(row["task"] for row in sorted(rows, key=lambda row: int(row["task"][2:]))))
+    lengths = list(dict.fromkeys(row["length"] for row in rows))
     by_place = {(row["task"], row["length"]): row["accuracy"] for row in rows}
-    values = [[by_place[task, length] for length in lengths] for task in tasks]
-    figure, axes = pyplot.subplots(figsize=(2.5 + 0.8 * len(lengths), 1.8 + 0.45 * len(tasks)))
-    image = axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_xticks(range(len(lengths)), lengths)
-    axes.set_yticks(range(len(tasks)), tasks)
-    axes.set(xlabel="length of the text", ylabel="task", title=title)
-    for y, line in enumerate(values):
-        for x, value in enumerate(line):
-            axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
-    figure.colorbar(image, label="accuracy")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    cells: Cells = {(task, length): by_place.get((task, length)) for task in tasks for length in lengths}
+    heat_map({"": cells}, path, title, "task", "length of the text")

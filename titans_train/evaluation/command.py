@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from titans_train.errors import UserError
 
-# task: module beside this one, with add_arguments(parser) and run(context, options) -> figures
+if TYPE_CHECKING:
+    from titans_train.evaluation.context import Context
+
+PICTURES = (".png", ".svg", ".pdf")
+Draw = Callable[[dict[str, Any], Path, str], object]
+
+# task: module beside this one, with add_arguments(parser), run(context, options) -> figures and, if its picture needs
+# no more than these, draw(figures, path, title)
 TASKS = {
     "perplexity": "perplexity_task",
     "stream": "streaming_task",
@@ -36,17 +47,52 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", help="a checkpoint of the run, as step-00000100 (default: the newest)")
     parser.add_argument("--batch", type=int, help="sequences per forward (default: training.micro_batch_size)")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--picture", type=Path, help="PNG file, where the task draws one")
+    parser.add_argument("--picture", type=Path, help="file for a picture, where the task draws one: .png, .svg or .pdf")
     task.add_arguments(parser)
     options = parser.parse_intermixed_args(list(args))
     if options.batch is not None and options.batch < 1:
         raise UserError(f"--batch is {options.batch}; it is at least 1")
-    for name in ("json", "picture"):
-        path = getattr(options, name)
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(f"--{name} {path}: there is no folder {path.parent}; create it")
+    check(options)
     with opened(find(options.source, options.overrides, options.checkpoint), options.batch) as context:
         figures = task.run(context, options)
-        if options.json and context.mesh.is_first:
-            options.json.write_text(json.dumps({**context.about, **figures}, indent=1) + "\n")
+        if context.mesh.is_first:
+            write(context, options, figures, getattr(task, "draw", None))
     return 0
+
+
+def check(options: argparse.Namespace) -> None:
+    """UserError where the figures or the picture could not be written: known before anything is measured."""
+    for name in ("json", "picture"):
+        path: Path | None = getattr(options, name)
+        if path is None:
+            continue
+        folder = path.absolute().parent
+        if path.is_dir():
+            raise UserError(f"--{name} {path} is a folder; name a file in it")
+        if not folder.is_dir():
+            raise UserError(f"--{name} {path}: there is no folder {folder}; create it")
+        try:
+            if not path.exists():
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            elif not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise UserError(f"--{name} {path} cannot be written: {error.strerror}; name another file") from error
+    if options.picture and options.picture.suffix.lower() not in PICTURES:
+        raise UserError(f"--picture {options.picture}: its name does not end with {', '.join(PICTURES)}")
+
+
+def write(context: Context, options: argparse.Namespace, figures: dict[str, Any], draw: Draw | None) -> None:
+    """The figures first: a picture that cannot be drawn does not lose them."""
+    path = options.json
+    try:
+        if path:
+            path.write_text(json.dumps({**context.about, **figures}, indent=1) + "\n")
+        path = options.picture
+        if path and draw:
+            draw(figures, path, f"{context.source.config.run.name}, step {context.about['step']}")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}; the figures are printed above"
+        ) from error

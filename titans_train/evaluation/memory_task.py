@@ -86,6 +86,12 @@ def text_of_task(context: Context, options: argparse.Namespace) -> tuple[Tensor,
         from titans_train.data import open_dataset
 
         sample = open_dataset(context.config, "validation").sequence(0)
+        first = int((sample.labels != IGNORE).nonzero()[0])
+        if options.tokens is not None and options.tokens <= first:
+            raise UserError(
+                f"the first token that is asked for in a sequence of this run's task is token {first + 1}; --tokens is "
+                f"{options.tokens}: give at least {first + 1}, or leave it out"
+            )
         return sample.tokens[: options.tokens], sample.labels[: options.tokens]
     if options.text is None:
         found, most = split_tokens(context), options.tokens or OF_SPLIT

@@ -7,22 +7,32 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from titans_train.data import Sample, SyntheticDataset, TokenDataset
 from titans_train.evaluation.scoring import Scorer, position_sums
+from titans_train.parallel import Mesh, sum_over_data
+from titans_train.parallel.launch import device
 
 
 def evaluate(scorer: Scorer, dataset: TokenDataset | SyntheticDataset, sequences: int | None = None) -> dict[str, Any]:
     """Over the first `sequences` (None: all): loss in nats per token, perplexity, bits per byte of text, accuracy.
 
     accuracy: share of labelled positions whose likeliest token is the label. by_position: the same over stretches of
-    the context, each twice as long as the one before, as {first, last, tokens, loss, accuracy}. On every rank alike.
+    the context, each twice as long as the one before, as {first, last, tokens, loss, accuracy}. bytes: of the text that
+    the labels stand for; where the tokenizer does not tell, bytes_by_average: by the mean of the whole split. On every
+    rank alike.
     """
     count = dataset.sequences_total if sequences is None else min(sequences, dataset.sequences_total)
+    sizes = torch.zeros(count, 2, dtype=torch.float64)  # of each sequence: bytes of its labels, times counted
 
     def sample(numbers: Sequence[int]) -> Sample:
-        return dataset.sequences(list(numbers))
+        given = dataset.sequences(list(numbers))
+        if isinstance(dataset, TokenDataset):
+            own = torch.tensor(dataset.text_bytes(given), dtype=torch.float64)
+            sizes[list(numbers)] = torch.stack([own, torch.ones_like(own)], 1)
+        return given
 
     sums = position_sums(scorer, count, sample, dataset.length)
     tokens, right, total = sums.sum(0).tolist()
@@ -32,8 +42,18 @@ def evaluate(scorer: Scorer, dataset: TokenDataset | SyntheticDataset, sequences
         "tokens": int(tokens), "sequences": count,
     }  # fmt: skip
     if dataset.bytes_per_token:
-        figures["bits_per_byte"] = loss / math.log(2) / dataset.bytes_per_token
+        size = _counted(sizes, scorer.mesh)
+        exact = math.isfinite(size)
+        size = size if exact else tokens * dataset.bytes_per_token
+        figures["bits_per_byte"] = total / math.log(2) / max(size, 1)
+        figures |= {"bytes": round(size)} if exact else {"bytes_by_average": size}
     return figures | {"by_position": by_position(sums)}
+
+
+def _counted(sizes: Tensor, mesh: Mesh) -> float:
+    """Bytes of all sequences; NaN if those of one are not known. A sequence is read by several ranks, by each alike."""
+    size, times = sum_over_data(sizes.to(device()), mesh).unbind(1)
+    return float((size / times).sum())
 
 
 def stretches(length: int) -> list[tuple[int, int]]:

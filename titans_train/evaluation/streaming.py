@@ -35,7 +35,7 @@ def read_stream(
 
     Rows of stretches of positions, each twice as long as the one before: first, last, tokens, loss in nats per token,
     seconds (CPU time of this process) per token, state_bytes (carried into the next piece) and resident_bytes at its
-    end. A stretch ends with the piece in which it does. tell: called with each row as it is done.
+    end. Pieces are parted where a stretch ends. tell: called with each row as it is done.
     """
     state, last, rows = None, None, []
     first, done, loss, seconds = 0, 0, 0.0, 0.0
@@ -52,22 +52,21 @@ def read_stream(
         })  # fmt: skip
         tell(rows[-1])
         first, loss, seconds = done, 0.0, 0.0
-        while end <= done:
-            end = next(ends)
+        end = next(ends)
 
     for piece in pieces:
         tokens = piece if last is None else torch.cat([last, piece])  # a token is read with the one after it
         last = tokens[-1:]
-        if len(tokens) < 2:
-            continue
-        begun = time.process_time()
-        row = tokens[None].to(where)
-        out = model(row[:, :-1], labels=row[:, 1:], state=state, return_state=True, scores=True)
-        state, done = out.state, done + len(tokens) - 1
-        loss += float(out.losses.double().sum())
-        seconds += time.process_time() - begun
-        if done >= end:
-            close()
+        while len(tokens) > 1:
+            begun = time.process_time()
+            row = tokens[None, : end - done + 1].to(where)
+            out = model(row[:, :-1], labels=row[:, 1:], state=state, return_state=True, scores=True)
+            read = row.shape[1] - 1
+            state, done, tokens = out.state, done + read, tokens[read:]
+            loss += float(out.losses.double().sum())
+            seconds += time.process_time() - begun
+            if done == end:
+                close()
     if done > first:
         close()
     return rows

@@ -16,9 +16,9 @@ from torch import Tensor
 from titans_train.errors import UserError
 from titans_train.evaluation.context import Context
 from titans_train.evaluation.streaming import Row, read_stream, together
+from titans_train.inference.incoming import texts_of
+from titans_train.inference.source import encode
 from titans_train.parallel.launch import device
-
-READ_CHARACTERS = 1 << 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,14 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def text_tokens(path: Path, tokenizer: Any) -> Iterator[int]:
-    """Tokens of a file, encoded by whole lines (a longer line in pieces)."""
+    """Tokens of a file of any length, encoded piece by piece just as `generate --stdin` does. UserError."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            while lines := file.readlines(READ_CHARACTERS):
-                for ids in tokenizer.encode(["".join(lines)]):
-                    yield from (int(i) for i in ids)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {path} cannot be read as UTF-8 text: {error}") from error
+        with path.open("rb") as file:
+            for text in texts_of(file, name=f"--text {path}"):
+                yield from encode(tokenizer, text)
+    except OSError as error:
+        raise UserError(f"--text {path} cannot be read: {error.strerror}; give a UTF-8 text file") from error
 
 
 def split_tokens(context: Context) -> Iterator[int]:
@@ -68,8 +67,6 @@ def run(context: Context, options: argparse.Namespace) -> dict[str, Any]:
         raise UserError("the text has fewer than two tokens: there is nothing to predict")
     whole = together(rows)
     context.say(f"{whole['tokens']:,} tokens: loss {whole['loss']:.4f}, perplexity {whole['perplexity']:,.3f}")
-    if options.picture:
-        plot(rows, options.picture, context.source.config.run.name)
     return {"piece": options.piece, "text": None if options.text is None else str(options.text), **whole, "rows": rows}
 
 
@@ -79,12 +76,13 @@ def _line(r: Row) -> str:
     return f"{place}  {r['loss']:7.4f}  {1000 * r['seconds_per_token']:8.3f}  {sizes}"
 
 
-def plot(rows: list[Row], path: Path, title: str) -> None:
+def draw(figures: dict[str, Any], path: Path, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = figures["rows"]
     figure, axes = pyplot.subplots(3, 1, figsize=(7, 8), sharex=True)
     at = [r["last"] + 1 for r in rows]
     axes[0].plot(at, [r["loss"] for r in rows], marker="o")

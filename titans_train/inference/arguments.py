@@ -9,6 +9,7 @@ from pathlib import Path
 from titans_train.errors import UserError
 from titans_train.inference.sampler import Sampler
 
+SEEDS = range(1 << 63)
 _ABOUT = """\
 Continues text with a checkpoint's model. Everything is read with the carried state of the memory: documents of any
 length, at constant memory (a transformer with full attention keeps every key).
@@ -120,6 +121,8 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("samples", "batch"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; it is at least 1")
+    if options.seed is not None and options.seed not in SEEDS:
+        raise UserError(f"--seed is {options.seed}; it is from 0 to {SEEDS[-1]}")
     if "" in options.stop:
         raise UserError("--stop is empty; it is a text of at least one character")
     if options.ask and options.prompts_file:

@@ -19,7 +19,7 @@ from titans_train.inference.prompts import Prompt, read_prompts, read_questions
 from titans_train.inference.sampler import Sampler
 from titans_train.inference.sampling import Reading, generate, read, read_rows
 from titans_train.inference.source import encode, find, load_checked, tokenizer_of
-from titans_train.inference.state_file import load_reading, save_reading
+from titans_train.inference.state_file import check_place, load_reading, save_reading
 from titans_train.inference.text import TextStream
 from titans_train.models.stored import fingerprint
 
@@ -45,8 +45,8 @@ def main(args: Sequence[str]) -> int:
     anything = prompt or options.prompts_file or options.load_state or options.stdin
     if not anything:
         raise UserError("there is nothing to continue: give --prompt, --prompt-file, --stdin or --load-state")
-    if options.save_state is not None and not options.save_state.absolute().parent.is_dir():
-        raise UserError(f"--save-state {options.save_state}: there is no folder {options.save_state.parent}; create it")
+    if options.save_state is not None:
+        check_place(options.save_state)
     source = find(options.source, options.overrides, options.checkpoint)
     tokenizer = tokenizer_of(source)
     model, _ = load_checked(source)

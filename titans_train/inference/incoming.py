@@ -19,8 +19,8 @@ PIECE = 16384  # characters that are tokenised at once
 _BLOCK = 1 << 16  # bytes taken from the stream at once, at most
 
 
-def texts_of(stream: BinaryIO, piece: int = PIECE) -> Iterator[str]:
-    """A UTF-8 stream in pieces of at most so many characters. UserError: it is not UTF-8."""
+def texts_of(stream: BinaryIO, piece: int = PIECE, name: str = "standard input") -> Iterator[str]:
+    """A UTF-8 stream in pieces of at most so many characters. UserError: `name` is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     text, taken = "", 0
     read_some = getattr(stream, "read1", stream.read)
@@ -31,7 +31,7 @@ def texts_of(stream: BinaryIO, piece: int = PIECE) -> Iterator[str]:
             text += decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             raise UserError(
-                f"standard input is not UTF-8 text at byte {taken - begun + error.start}; convert it first (iconv)"
+                f"{name} is not UTF-8 text at byte {taken - begun + error.start}; convert it first (iconv)"
             ) from error
         taken += len(block)
         while len(text) > piece:

@@ -19,13 +19,14 @@ from titans_train.inference.exported import Exported, is_export
 from titans_train.models import LanguageModel
 from titans_train.models.stored import build
 from titans_train.plan import resolve_shape
-from titans_train.shape import ModelShape
+from titans_train.shape import ModelShape, completed, missing
 from titans_train.untrusted import read_bounded
 
 if TYPE_CHECKING:
     from titans_train.training.checkpoint import Checkpoint
 
 NO_EFFECT = ("memory.store_every",)  # models that differ in these compute the same
+SHOWN = 8  # checkpoints that an error lists, the newest
 NEXT = "set data.path to the folder that the training data was prepared in"
 
 
@@ -62,7 +63,8 @@ def find(name: str, overrides: list[str], checkpoint: str | None = None) -> Sour
 def shape_of(source: Source) -> ModelShape:
     """The architecture. UserError: the config describes another one than is stored."""
     shape = resolve_shape(source.config)
-    differing = _differences(shape.to_dict(), source.record["shape"])
+    stored = source.record["shape"]
+    differing = _differences(shape.to_dict(), completed(stored) if isinstance(stored, dict) else stored)
     if differing:
         raise UserError(
             f"checkpoint {source.checkpoint} holds another model than the config describes: {'; '.join(differing)}; "
@@ -136,6 +138,7 @@ def _prepared(path: str | None) -> dict[str, Any] | None:
 def open_stored(run: Path, name: str | None = None) -> Checkpoint | Exported:
     """The export or checkpoint that `run` is, else the checkpoint `name` of that run, or its newest. UserError."""
     from titans_train.training.checkpoint import Checkpoint
+    from titans_train.training.checkpoint_folder import candidates as checkpoints
     from titans_train.training.checkpoint_folder import find_latest
 
     siblings = run.parent if _is_checkpoint(run) else run / "checkpoints"
@@ -149,6 +152,10 @@ def open_stored(run: Path, name: str | None = None) -> Checkpoint | Exported:
         if newest is not None:
             return Checkpoint.open(newest, verify=False)  # it has just been
     place = " or ".join(str(candidate) for candidate in candidates)
+    others = [] if name is None else checkpoints(siblings.parent)
+    if others:
+        known = ", ".join(path.name for path in others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
+        raise UserError(f"{place} holds no complete checkpoint; in {siblings} there are {known}: name one of these")
     raise UserError(f"{place} holds no complete checkpoint; train first: python -m titans_train train CONFIG.yaml")
 
 
@@ -162,9 +169,12 @@ def _trained(stored: Checkpoint | Exported) -> RunConfig:
     entry = stored.manifest.get("tokenizer")
     if entry is not None and not (isinstance(entry, dict) and {"kind", "sha256"} <= entry.keys()):
         raise UserError(f"the tokenizer recorded in {stored.path} is none; use another checkpoint")
+    config, shape = stored.manifest["config"], stored.manifest["shape"]
     try:
-        return RunConfig.model_validate(stored.manifest["config"])
-    except ValueError as error:
+        for section, values in missing(shape).items():  # an earlier version's, which today's defaults are not
+            config = {**config, section: {**config[section], **values}} if values else config
+        return RunConfig.model_validate(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"the config in {stored.path} is of another version; use the version that it was trained with"
         ) from error

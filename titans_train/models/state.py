@@ -25,7 +25,7 @@ from titans_train.models.blocks import BlockState
 from titans_train.models.mac import MACState
 from titans_train.models.state_checks import problems
 from titans_train.models.tree import map_tensors
-from titans_train.shape import ModelShape
+from titans_train.shape import ModelShape, completed
 from titans_train.untrusted import parse_json
 
 
@@ -48,7 +48,7 @@ class ModelState:
                 if not {"tree", "shape"} <= metadata.keys():
                     raise UserError(f"{path} is not a saved model state (no tree and shape in its metadata)")
                 saved = parse_json(metadata["shape"])
-                differing = _differences(saved if isinstance(saved, dict) else {}, shape.to_dict())
+                differing = _differences(completed(saved) if isinstance(saved, dict) else {}, shape.to_dict())
                 if differing:
                     raise UserError(f"{path} was saved by another model: {'; '.join(differing)}")
                 state = _put_together(parse_json(metadata["tree"]), file)

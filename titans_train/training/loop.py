@@ -16,6 +16,7 @@ from torch import Tensor
 
 from titans_train.data import Batch, SyntheticDataset, TokenDataset, loader, open_dataset
 from titans_train.errors import UserError
+from titans_train.memory.peers.kernels import check as check_kernels
 from titans_train.models import LanguageModel, recording
 from titans_train.monitoring import signals
 from titans_train.monitoring.metrics import read_metrics
@@ -91,6 +92,7 @@ def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str,
         if mesh.is_first:
             print(signals.stopped(number, 0, 0, 0), flush=True)
         raise signals.Requeue(number, 0)
+    agree(lambda: _check_kernels(plan), mesh)
     agree(lambda: run_folder.check(plan), mesh, first_only=True)
     agree(lambda: check_disk(plan.run_directory, plan.checkpoint_bytes), mesh, first_only=True)
     with ExitStack() as held:
@@ -110,6 +112,12 @@ def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str,
         run = Run(plan, mesh, engine, data.at(progress.cursor), held_out, progress, watchdog, blocked, carried)
         held.callback(run.reports.close)
         return run.go(stop_after)
+
+
+def _check_kernels(plan: Plan) -> None:
+    memory = plan.shape.memory
+    if memory is not None and memory.rule != "titans":
+        check_kernels(memory.peer_kernels)
 
 
 def _watchdog(plan: Plan, mesh: Mesh) -> Watchdog:

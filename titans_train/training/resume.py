@@ -13,6 +13,7 @@ from titans_train.data.cursor import check_goes_on, read_cursor
 from titans_train.errors import UserError
 from titans_train.parallel import Engine, Mesh, agree, gather
 from titans_train.plan import Plan
+from titans_train.shape import completed
 from titans_train.training.carried import CarriedStates
 from titans_train.training.checkpoint import Checkpoint
 from titans_train.training.checkpoint_folder import candidates, has_set_aside, set_aside
@@ -88,7 +89,7 @@ def _set_aside(path: Path, damage: str) -> None:
 
 def _check(found: Checkpoint, plan: Plan, engine: Engine, data: TokenDataset | SyntheticDataset) -> None:
     """UserError where this run's model or data are not the checkpoint's."""
-    theirs: dict[str, Any] = found.manifest["shape"]
+    theirs: dict[str, Any] = completed(found.manifest["shape"])
     ours = json.loads(json.dumps(plan.shape.to_dict()))
     if theirs != ours:
         differing = [f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]

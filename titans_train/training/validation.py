@@ -17,6 +17,7 @@ from titans_train.parallel import Engine, Mesh
 from titans_train.plan import Plan
 
 Figures = dict[str, Any]
+BYTES = ("bits_per_byte", "bytes", "bytes_by_average")  # of text; what there is of them
 
 
 def validate(
@@ -27,13 +28,12 @@ def validate(
     mesh: Mesh,
     beat: Callable[[], object],
 ) -> Figures:
-    """Over the first `sequences` of the dataset: loss (nats per token), perplexity, accuracy, bits per byte of text,
-    and the loss by position in the context. `beat` is called before each forward.
+    """Over the first `sequences` of the dataset: loss (nats per token), perplexity, accuracy, bits per byte of text
+    (`perplexity.evaluate`), and the loss by position in the context. `beat` is called before each forward.
     """
     found = evaluate(Scorer(engine, mesh, micro_batch, beat), dataset, sequences)
     figures = {f"validation_{name}": found[name] for name in ("loss", "perplexity", "tokens", "accuracy")}
-    if "bits_per_byte" in found:
-        figures["validation_bits_per_byte"] = found["bits_per_byte"]
+    figures |= {f"validation_{name}": found[name] for name in BYTES if name in found}
     by_position = {f"to_{row['last'] + 1:07}": row["loss"] for row in found["by_position"]}
     return {**figures, "validation_by_position": by_position}
 
@@ -51,7 +51,7 @@ class NeedleChecks:
         self.tasks = self._tasks()
         for task in self.tasks.values():
             for length in needles.lengths:
-                task.sample(length, [0.5], [0])
+                task.check(length, needles.depths * needles.cases)
 
     def _tasks(self) -> dict[str, Findable]:
         from titans_train.data.dataset import tokenizer_of_data

@@ -71,7 +71,10 @@ def uses_fla(kernels: str, q: Tensor, dtype: torch.dtype) -> bool:
 
 
 def check(kernels: str) -> None:
-    """UserError where "fla" is asked for and cannot be had."""
+    """UserError where "fla" is asked for and cannot be had; for a training to ask before it starts.
+
+    Models without it run as scan.py: a checkpoint is used on machines that it was not trained on.
+    """
     reason = _unusable() if kernels == "fla" else None
     if reason is not None:
         raise UserError(f"memory.peer_kernels is fla, but {reason}; or use auto or plain")

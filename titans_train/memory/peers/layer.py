@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from titans_train.memory.convolution import CausalConvolution, convolve, document_positions, key_start
 from titans_train.memory.learned import Learned
-from titans_train.memory.peers.kernels import Terms, check, scan
+from titans_train.memory.peers.kernels import Terms, scan
 from titans_train.memory.state import MemoryState
 from titans_train.shape import ModelShape
 
@@ -54,7 +54,6 @@ class PeerMemory(nn.Module):
         super().__init__()
         assert shape.memory is not None
         self.shape, m = shape.memory, shape.memory
-        check(m.peer_kernels)
         self.heads, self.head_dim = parts.share(shape.heads), shape.head_dim
         starts = ((1.0,), key_start(m), (1.0,))
         convolutions = (CausalConvolution(shape.width, m.convolution, parts, start) for start in starts)
