@@ -59,6 +59,7 @@ def shape_of(block: str, options: argparse.Namespace) -> ModelShape:
 def measure(block: str, contexts: list[int], options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each context, in rising order: all are places of one text, read once."""
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # as `generate` does
     torch.manual_seed(options.seed)
     model = LanguageModel(shape_of(block, options)).eval()
     text = torch.randint(0, 256, (max(contexts),), generator=torch.Generator().manual_seed(options.seed)).tolist()

@@ -53,6 +53,7 @@ def main(args: Sequence[str]) -> int:
     sampler = replace(options.sampler, vocabulary=tokenizer.vocabulary)
     speaker = Speaker(model, tokenizer, sampler, options.tokens, options.stop, options.stop_at_end)
     weights = fingerprint(model) if options.load_state or options.save_state else None
+    torch.set_flush_denormal(True)  # see parallel/launch.py
     random = torch.Generator().manual_seed(0)
     reading = load_reading(options.load_state, model, random, weights) if options.load_state else None
     if options.seed is not None:
