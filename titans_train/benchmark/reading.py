@@ -30,6 +30,7 @@ from titans_train.errors import UserError
 from titans_train.inference.sampling import Reading, Sampler, generate, read
 from titans_train.models import LanguageModel
 from titans_train.models.tree import tensors_of
+from titans_train.parallel.launch import flush_denormals
 from titans_train.plan import resolve_shape
 from titans_train.shape import BLOCKS, ModelShape
 
@@ -59,7 +60,7 @@ def shape_of(block: str, options: argparse.Namespace) -> ModelShape:
 def measure(block: str, contexts: list[int], options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each context, in rising order: all are places of one text, read once."""
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # as `generate` does
+    flush_denormals()
     torch.manual_seed(options.seed)
     model = LanguageModel(shape_of(block, options)).eval()
     text = torch.randint(0, 256, (max(contexts),), generator=torch.Generator().manual_seed(options.seed)).tolist()

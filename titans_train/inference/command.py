@@ -22,6 +22,7 @@ from titans_train.inference.source import encode, find, load_checked, tokenizer_
 from titans_train.inference.state_file import check_place, load_reading, save_reading
 from titans_train.inference.text import TextStream
 from titans_train.models.stored import fingerprint
+from titans_train.parallel.launch import flush_denormals
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def main(args: Sequence[str]) -> int:
     sampler = replace(options.sampler, vocabulary=tokenizer.vocabulary)
     speaker = Speaker(model, tokenizer, sampler, options.tokens, options.stop, options.stop_at_end)
     weights = fingerprint(model) if options.load_state or options.save_state else None
-    torch.set_flush_denormal(True)  # see parallel/launch.py
+    flush_denormals()
     random = torch.Generator().manual_seed(0)
     reading = load_reading(options.load_state, model, random, weights) if options.load_state else None
     if options.seed is not None:
