@@ -92,20 +92,22 @@ def counted_flops(call: Any) -> int:
 
 @pytest.mark.parametrize("momentum", [True, False])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_the_scan_does_the_flops_of_the_formula(depth: int, momentum: bool) -> None:
-    shape = tiny("lmm", memory={"depth": depth, "momentum": momentum, "chunk_size": 4})
+@pytest.mark.parametrize("to", ["zero", "start"])
+def test_the_scan_does_the_flops_of_the_formula(to: str, depth: int, momentum: bool) -> None:
+    shape = tiny("lmm", memory={"depth": depth, "momentum": momentum, "chunk_size": 4, "forget_to": to})
     batch, length = 2, 12
     rows = (batch, shape.heads, length)
     q, k, v = (torch.randn(*rows, shape.head_dim) for _ in range(3))
     weights = tuple(torch.randn(1, shape.heads, i, o) for i, o in plan_counts.memory_layers(shape))
     gate = torch.rand(rows)
     state = MemoryState.start(weights, momentum)
-    counted = counted_flops(lambda: memory_scan(q, k, v, gate, gate if momentum else None, gate, state, chunk_size=4))
+    gates, base = (gate, gate if momentum else None, gate), None if to == "zero" else weights
+    counted = counted_flops(lambda: memory_scan(q, k, v, *gates, state, chunk_size=4, base=base))
     assert counted == batch * length * plan_counts.scan_forward_flops(shape, length)
 
 
 def test_two_layers_cost_what_the_design_says() -> None:
-    shape = tiny("lmm", memory={"chunk_size": 4})
+    shape = tiny("lmm", memory={"chunk_size": 4, "forget_to": "zero"})
     d, h, b = shape.head_dim, 12, 4
     assert plan_counts.scan_forward_flops(shape, 64) == shape.heads * (22 * d * h + 4 * b * (d + h))
 

@@ -107,8 +107,8 @@ def scan_forward_flops(shape: ModelShape, length: int) -> float:
     """Matrix products of the memory scan, forward, per token, all heads of one layer.
 
     A layer i x o of the memory costs per token and head 2 i o for each of: keys forward, weights read,
-    momentum read, weights updated, momentum updated; 2 i o for the inner backward (not in the first layer); and
-    2 b (i + o) for the products within the chunk. Two layers d x h x d: 22 d h + 4 b (d + h).
+    momentum read, weights updated, momentum updated, and the base read that forgetting leads to; 2 i o for the inner
+    backward (not in the first layer); and 2 b (i + o) for the products within the chunk. Two layers d x h x d: 22 d h + 4 b (d + h).
     Gates, norms and activations are not counted.
     """
     if shape.memory is None:
@@ -116,7 +116,7 @@ def scan_forward_flops(shape: ModelShape, length: int) -> float:
     chunk = min(shape.memory.chunk_size, length)
     if shape.memory.rule != "titans":
         return peer_forward_flops(shape, chunk)
-    products = 5 if shape.memory.momentum else 3
+    products = (5 if shape.memory.momentum else 3) + (shape.memory.forget_to == "start")
     flops = 0
     for n, (i, o) in enumerate(memory_layers(shape)):
         flops += 2 * i * o * (products + (n > 0)) + 2 * chunk * (i + o)

@@ -82,7 +82,7 @@ def affine_flops(shape: ModelShape) -> float:
 def is_linear(shape: ModelShape) -> bool:
     """Whether the scan has an affine form."""
     m = shape.memory
-    linear = m is not None and m.rule == "titans" and m.depth == 1 and not m.residual_norm
+    linear = m is not None and m.rule == "titans" and m.depth == 1 and not m.residual_norm and m.forget_to == "zero"
     return linear and shape.block != "mac"
 
 
@@ -173,7 +173,7 @@ def _reason(shape: ModelShape, affine: bool, by_wave: float, by_map: float, aske
     if shape.block == "mac":
         return "MAC's writes depend on what was read: only the wavefront can cross shards"
     if not is_linear(shape):
-        return "the memory is not linear: only the wavefront can cross shards"
+        return "the memory has no affine form: only the wavefront can cross shards"
     if affine:
         return f"the wavefront would reach {by_wave:.1%}"
     return f"the affine scan would reach {by_map:.1%}"

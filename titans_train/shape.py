@@ -12,7 +12,7 @@ from typing import Any
 KERNEL_WIDTHS = range(16, 257, 2)  # of heads, that flash-linear-attention's kernels take
 BLOCKS = ("transformer", "lmm", "mac", "mag", "mal")
 BEFORE: dict[str, dict[str, Any]] = {  # what models are that were stored before there was a choice
-    "memory": {"rule": "titans", "gate": "both"}, "attention": {"residual": False},
+    "memory": {"rule": "titans", "gate": "both", "forget_to": "zero"}, "attention": {"residual": False},
 }  # fmt: skip
 
 
@@ -49,6 +49,7 @@ class MemoryShape:
     residual_norm: bool  # M(k) = k + gain * LayerNorm(MLP(k)) + bias
     momentum: bool  # False: eta = 0
     forgetting: bool  # False: alpha = 0
+    forget_to: str  # "zero", or "start": the learned initial weights
     write: bool  # False: theta = 0, the memory stays at its initial weights
     normalize_values: bool  # l2-normalise v as q and k
     convolution: int  # taps of the causal depthwise convolutions; 1 means none

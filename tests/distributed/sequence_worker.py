@@ -147,17 +147,19 @@ def compare_scan(case: dict[str, Any], mesh: Mesh) -> dict[str, float]:
     qkv = [F.normalize(random(rows, 2, length, d), dim=-1) for _ in range(3)]
     gates = [random(rows, 2, length).sigmoid() * limit for limit in (0.2, 0.9, 0.3)]
     norm = [random(2, d), random(2, d)] if m.residual_norm else []
+    bases = [random(2, a, b) * a**-0.5 for a, b in sizes] if m.forget_to == "start" else []
     d_y, d_end = random(rows, 2, length, d), [random(rows, 2, a, b) for a, b in sizes * 2]
 
     def run(scan: Any, cut: Any, last: bool) -> list[list[Tensor]]:
         by_token = [cut(t).detach().clone().requires_grad_() for t in (*qkv, *gates)]
-        shared = [t.detach().clone().requires_grad_() for t in (*norm, *weights)]
-        gain, bias = shared[:2] if norm else (None, None)
-        start = MemoryState.start(tuple(w[None] for w in shared[len(norm) :])).expand(rows)
+        shared = [t.detach().clone().requires_grad_() for t in (*weights, *bases, *norm)]
+        gain, bias = shared[-2:] if norm else (None, None)
+        start = MemoryState.start(tuple(w[None] for w in shared[: len(weights)])).expand(rows)
+        base = tuple(w[None] for w in shared[len(weights) : len(weights) + len(bases)]) or None
         y, end = scan(
             *by_token, start, chunk_size=m.chunk_size, activation=m.activation, gain=gain, bias=bias,
             document_starts=None if starts is None else cut(starts[:, None])[:, 0],
-            document_state=None if starts is None else start, store_every=m.store_every,
+            document_state=None if starts is None else start, base=base, store_every=m.store_every,
         )  # fmt: skip
         ends = [*end.weights, *end.momentum] if last else []
         loss = (y * cut(d_y)).sum()

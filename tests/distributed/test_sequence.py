@@ -15,7 +15,7 @@ from tests.torchrun import torchrun
 from titans_train.shape import BLOCKS
 
 TOLERANCE = 1e-12
-LINEAR = {"depth": 1, "residual_norm": False}
+LINEAR = {"depth": 1, "residual_norm": False, "forget_to": "zero"}
 
 
 def case(block: str, shards: int, **options: Any) -> dict[str, Any]:

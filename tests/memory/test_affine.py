@@ -82,10 +82,10 @@ class Case:
 
         keep = 1 - cut("alpha") if self.forgetting else torch.ones_like(cut("theta"))
         starts = self.x["starts"][:, start:stop].repeat_interleave(HEADS, dim=0) if self.documents else None
-        document = self.rows("dw", "ds") if self.documents else ([], [])
+        document = self.rows("dw", "ds") if self.documents else ([], [])  # and no base
         return Sequence(
             cut("q"), cut("k"), cut("v"), keep, cut("eta") if self.momentum else None, cut("theta"),
-            ACTIVATIONS["silu"], None, starts, *document,
+            ACTIVATIONS["silu"], None, starts, *document, [],
         )  # fmt: skip
 
     def grid(self, seq: Sequence) -> list[Segment]:

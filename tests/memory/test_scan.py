@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ class Case:
     forgetting: bool = True
     documents: bool = False
     gates: str = "random"
+    base: bool = False
     leaves: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def build(self) -> Case:
@@ -57,9 +59,11 @@ class Case:
         sizes = [self.d, *[self.hidden] * (self.depth - 1), self.d]
         for kind, batch in (("w", b), ("s", b), ("dw", 1), ("ds", 1)):
             for i in range(self.depth):
-                leaf(f"{kind}{i}", batch, n, sizes[i], sizes[i + 1], scale=0.5 if kind in ("w", "dw") else 0.1)
+                leaf(f"{kind}{i}", batch, n, sizes[i], sizes[i + 1], scale=0.1 if kind in ("s", "ds") else 0.5)
         leaf("gain", n, self.d, scale=0.5)
         leaf("bias", n, self.d, scale=0.5)
+        for i in range(self.depth if self.base else 0):
+            leaf(f"b{i}", 1, n, sizes[i], sizes[i + 1], scale=0.5)
         return self
 
     def state(self, w: str = "w", s: str = "s") -> MemoryState:
@@ -80,9 +84,11 @@ class Case:
         x, state, ys = self.leaves, self.state(), []
         borders = [0, *cuts, self.length]
         for a, b in zip(borders, borders[1:], strict=False):
-            documents = {}
+            documents: dict[str, Any] = {}
             if self.documents:
                 documents = {"document_starts": self.starts()[:, a:b], "document_state": self.state("dw", "ds")}
+            if self.base:
+                documents["base"] = tuple(x[f"b{i}"] for i in range(self.depth))
             gates = [
                 x[name][:, :, a:b] if on else None for name, on in (("alpha", self.forgetting), ("eta", self.momentum))
             ]
@@ -154,6 +160,34 @@ def test_a_sequence_split_into_calls_equals_one_call(cuts: tuple[int, ...], norm
 def test_documents_take_their_own_state_at_chunk_borders(momentum: bool, cuts: tuple[int, ...]) -> None:
     case = Case(documents=True, momentum=momentum, norm=True).build()
     assert_same(case, case.run(memory_scan, cuts, store_every=2), case.run(recurrence, cuts))
+
+
+@pytest.mark.parametrize("depth,norm", [(1, False), (2, True), (3, False), (4, True)])
+@pytest.mark.parametrize("cuts", [(), (8,), (3, 20)], ids=str)
+def test_forgetting_can_lead_to_a_base(depth: int, norm: bool, cuts: tuple[int, ...]) -> None:
+    case = Case(base=True, depth=depth, norm=norm).build()
+    want = case.run(recurrence)
+    assert_same(case, case.run(memory_scan, cuts, store_every=2), want)
+    assert want[1]["b0"].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("options", [
+    {"momentum": False}, {"gates": "extreme"}, {"gates": "off"}, {"length": 7, "chunk": 1},
+    {"documents": True}, {"documents": True, "momentum": False, "activation": "gelu"},
+], ids=str)  # fmt: skip
+def test_a_base_goes_with_everything_else(options: dict[str, Any]) -> None:
+    case = Case(base=True, norm=True, **options).build()
+    assert_same(case, case.run(memory_scan, store_every=2), case.run(recurrence))
+
+
+def test_with_a_base_of_zeros_nothing_changes() -> None:
+    case = Case(base=True, norm=True).build()
+    with torch.no_grad():
+        for i in range(case.depth):
+            case.leaves[f"b{i}"].zero_()
+    other = Case(norm=True).build()
+    got, want = case.run(memory_scan), other.run(recurrence)
+    assert_same(case, (got[0], {n: g for n, g in got[1].items() if n in want[1]}), want)
 
 
 @pytest.mark.parametrize("store_every", [1, 3, 100])

@@ -55,7 +55,7 @@ class Spy:
     ) -> tuple[Tensor, MemoryState]:
         self.state = self.state or state
         self.given.append((q, k, v, alpha, eta, theta))
-        self.options = {name: o[name] for name in ("chunk_size", "activation", "gain", "bias")}
+        self.options = {name: o[name] for name in ("chunk_size", "activation", "gain", "bias", "base")}
         return memory_scan(q, k, v, alpha, eta, theta, state, **o)
 
 
@@ -90,7 +90,7 @@ def test_surprise_is_the_norm_of_the_definitions_gradient_and_gates_are_those_of
         seen = watch.take()
         assert (seen["surprise"][0] - plain_surprise(spy)).abs().max() <= 1e-10
         for name, place in (("alpha", 3), ("eta", 4), ("theta", 5)):
-            assert torch.equal(seen[name], torch.cat([given[place] for given in spy.given], 2)), name
+            assert torch.allclose(seen[name], torch.cat([given[place] for given in spy.given], 2), rtol=1e-12), name
         assert seen["surprise"].shape == (1, 2, LENGTH) and seen["distance"].shape == (1, 2, LENGTH // CHUNK)
         assert watch.take() == {}
 
@@ -138,7 +138,7 @@ def gates_off(first: int) -> Callable[..., tuple[Tensor, MemoryState]]:
         nonlocal seen
         keep = (torch.arange(seen, seen + q.shape[2]) >= first).to(q.dtype)
         seen += q.shape[2]
-        kept = {name: o[name] for name in ("chunk_size", "activation", "gain", "bias")}
+        kept = {name: o[name] for name in ("chunk_size", "activation", "gain", "bias", "base")}
         y, after = recurrence(q, k, v, alpha * keep, eta * keep, theta * keep, state, **kept)
         return y.detach(), after.detach()  # else autograd would follow MAC's keys, which depend on the weights
 

@@ -9,13 +9,12 @@ from titans_train.shape import AttentionShape, MemoryShape, ModelShape
 
 MEMORY = MemoryShape(
     rule="titans", chunk_size=4, depth=2, hidden=12, activation="silu", residual_norm=True, momentum=True,
-    forgetting=True, write=True, normalize_values=True, convolution=4, key_start="token", gate="memory",
-    theta_max=1.0, couple_theta=True, forget_bias=-3.0,
-    momentum_bias=0.0, theta_bias=0.0, store_every=2,
+    forgetting=True, forget_to="start", write=True, normalize_values=True, convolution=4, key_start="token",
+    gate="memory", theta_max=1.0, couple_theta=True, forget_bias=-3.0, momentum_bias=0.0, theta_bias=0.0, store_every=2,
 )  # fmt: skip
 PEER = {
-    "depth": 1, "hidden": 8, "residual_norm": False, "momentum": False, "forgetting": False, "normalize_values": False,
-    "store_every": 1,
+    "depth": 1, "hidden": 8, "residual_norm": False, "momentum": False, "forgetting": False, "forget_to": "zero",
+    "normalize_values": False, "store_every": 1,
 }  # fmt: skip
 ATTENTION = AttentionShape(window=6, segment=8, residual=True, persistent_tokens=3, rope_base=10000.0)
 SHAPE = ModelShape(

@@ -148,7 +148,7 @@ def sleeping_scans(forward: float, backward: float) -> Iterator[None]:
             seq = self.seq
             tokens = [torch.zeros_like(t) for t in (seq.q, seq.k, seq.v, seq.keep, seq.theta)]
             return RowGradients(
-                [*tokens[:4], None, tokens[4]], [None, None], [w + 1 for w in weights], momentum, [], []
+                [*tokens[:4], None, tokens[4]], [None, None], [w + 1 for w in weights], momentum, [], [], []
             )  # fmt: skip
 
     module: Any = wavefront

@@ -138,6 +138,9 @@ def scan(config: RunConfig) -> Iterator[Problem]:
                 f"{str(config.memory.residual_norm).lower()}"
             )
             yield Problem("parallel.scan", message, "use wavefront, or memory.depth 1 with memory.residual_norm false")
+        elif config.memory.forget_to != "zero":
+            message = "affine maps lead to zero, but memory.forget_to is start"
+            yield Problem("parallel.scan", message, "use wavefront, or memory.forget_to zero")
     wave = parallel.wave or 1
     if wave > 1 and parallel.sequence > 1 and model.block == "mac" and parallel.zero_stage == 3:
         message = f"{wave}, but with block mac over shards ZeRO 3 can go back through one micro-batch at a time only"

@@ -48,6 +48,9 @@ class Memory(Section):
     residual_norm: bool = True
     momentum: bool = True
     forgetting: bool = True
+    forget_to: Literal["zero", "start"] = Field(
+        default="zero", description="where forgetting leads the weights: to zero, or to their learned start"
+    )
     write: bool = Field(default=True, description="false: theta = alpha = 0: the memory stays as it starts")
     normalize_values: bool = True
     convolution: int = Field(default=4, ge=1, le=64, description="* taps; 1: none")

@@ -5,7 +5,8 @@ weights, and C the gate coefficients, the read of layer n at every token t at on
 
     Z W_t = A * (Z W_0) + B * (Z S_0) - ((Z X_n^T) * C) D_n
 
-and the state after the chunk is W = A_b W_0 + B_b S_0 - X_n^T diag(C_b) D_n. The backward below is these
+and the state after the chunk is W = A_b W_0 + B_b S_0 - X_n^T diag(C_b) D_n. Where forgetting leads to a base, W is
+what stands above it, so that the anchor is base + W_0 and Z (base) comes to a read. The backward below is these
 lines read in reverse; it computes *negated* adjoints of X and D ("neg_x", "neg_delta"), since both enter
 with a minus.
 
@@ -52,7 +53,8 @@ class Adjoints:
 
     weights: list[Tensor]
     momentum: list[Tensor]
-    anchor: list[Tensor]  # the same tensors as `weights` unless the chunk was entered in the middle
+    anchor: list[Tensor]  # the same tensors as `weights` but where the anchor is not the weights before the chunk
+    base: list[Tensor]  # of the reads; the anchors' part comes to it with `anchor`
 
 
 def inner_gradients(k: Tensor, v: Tensor, anchor: list[Tensor], act: Activation, norm: Norm | None) -> Saved:
@@ -88,6 +90,7 @@ def chunk_read(
     q: Tensor,
     weights: list[Tensor],
     momentum: list[Tensor],
+    base: list[Tensor],
     c: ChunkCoefficients,
     s: Saved,
     act: Activation,
@@ -101,6 +104,8 @@ def chunk_read(
         out = scaled_product(y, w, c.anchor)
         if momentum:
             out += scaled_product(y, momentum[n], c.anchor_momentum)
+        if base:
+            out.baddbmm_(y, base[n])
         y = out.baddbmm_(torch.bmm(y, s.inputs[n].mT).mul_(c.writes), s.deltas[n], alpha=-1)
         s.read_pre.append(y)
     if norm is None:

@@ -86,6 +86,7 @@ def _read_backward(
     c: ChunkCoefficients,
     weights: list[Tensor],
     momentum: list[Tensor],
+    base: list[Tensor],
     s: Saved,
     act: Activation,
     adj: Adjoints,
@@ -117,6 +118,9 @@ def _read_backward(
                 d_y.baddbmm_(scaled, weight.mT)
                 d_scale += row_sum(d_out, torch.bmm(y, weight))
                 adjoint.baddbmm_(y.mT, scaled)
+        if base:
+            d_y.baddbmm_(d_out, base[n].mT)
+            adj.base[n].baddbmm_(y.mT, d_out)
         d_out = act.times_slope(d_y, s.read_pre[n - 1]) if n else d_y
     return d_out
 
@@ -164,6 +168,7 @@ def chunk_backward(
     anchor: list[Tensor],
     weights: list[Tensor],
     momentum: list[Tensor],
+    base: list[Tensor],
     s: Saved,
     act: Activation,
     norm: Norm | None,
@@ -178,7 +183,7 @@ def chunk_backward(
         assert s.read_norm is not None
         d_gain = d_y * s.read_norm.value
         d_out = s.read_norm.pull(norm.gain * d_y)
-    d_q = _read_backward(d_out, c, weights, momentum, s, act, adj, neg, rows)
+    d_q = _read_backward(d_out, c, weights, momentum, base, s, act, adj, neg, rows)
     neg_k, d_v, neg_gain, neg_bias = _inner_backward(anchor, s, act, norm, adj, neg)
     if norm is None:
         return ChunkGradients(d_q, neg_k.neg_(), d_v, None, None, rows, last)

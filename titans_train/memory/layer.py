@@ -20,7 +20,7 @@ from titans_train.memory.convolution import CausalConvolution, convolve, documen
 from titans_train.memory.learned import Learned
 from titans_train.memory.recurrence import memory_mlp
 from titans_train.memory.scan import memory_scan
-from titans_train.memory.state import MemoryState
+from titans_train.memory.state import MemoryState, Weights
 from titans_train.shape import MemoryShape, ModelShape
 
 if TYPE_CHECKING:
@@ -96,6 +96,10 @@ class NeuralMemory(nn.Module):
         """The state before the first token of a document: learned weights, no momentum."""
         weights = tuple(w[None].to(torch.promote_types(w.dtype, torch.float32)) for w in self.initial())
         return MemoryState.start(weights, self.shape.momentum).expand(batch)
+
+    def base(self) -> Weights | None:
+        """What forgetting leads to."""
+        return self.initial_memory().weights if self.shape.forget_to == "start" else None
 
     def gain_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
         """Of the residual layer norm inside the memory, [H, d] each; None without it."""
@@ -179,7 +183,7 @@ class NeuralMemory(nn.Module):
         y, memory = scan(
             q, k, v, alpha, eta, theta, state.memory,
             chunk_size=self.shape.chunk_size, activation=self.shape.activation, gain=gain, bias=bias,
-            document_starts=document_starts, document_state=document_memory,
+            document_starts=document_starts, document_state=document_memory, base=self.base(),
             store_every=self.shape.store_every, surprises=surprises,
         )  # fmt: skip
         if surprises:

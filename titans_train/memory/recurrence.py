@@ -1,10 +1,11 @@
 """The definition, token by token: slow, plain, and the reference of every faster form.
 
     S_t = eta_t S_{t-1} - theta_t grad l(W_a; k_t, v_t)        l = 1/2 |M_{W_a}(k_t) - v_t|^2
-    W_t = (1 - alpha_t) W_{t-1} + S_t                           a = last token of the previous chunk
+    W_t = (1 - alpha_t) W_{t-1} + alpha_t W_b + S_t             a = last token of the previous chunk
     y_t = M_{W_t}(q_t)                                          write, then read
 
-(Titans paper, eq. 8-15, with every gradient of a chunk taken at the same anchor, section 3.2.)
+(Titans paper, eq. 8-15, with every gradient of a chunk taken at the same anchor, section 3.2. W_b, `base`, is what
+forgetting leads to: zero in the paper, or the learned start.)
 The inner gradient comes from autograd here, on purpose: the closed forms of the scan are checked against it.
 """
 
@@ -51,10 +52,12 @@ def recurrence(
     bias: Tensor | None = None,
     document_starts: Tensor | None = None,
     document_state: MemoryState | None = None,
+    base: Weights | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Writes and reads every token in turn. Arguments and results as in `memory_scan`."""
     weights, momentum = state.weights, state.momentum or tuple(torch.zeros_like(w) for w in state.weights)
     anchor, offset = state.anchor, state.offset
+    to = base or tuple(torch.zeros_like(w) for w in weights)
     outputs = []
     for t in range(q.shape[2]):
         if document_starts is not None:
@@ -78,7 +81,9 @@ def recurrence(
             loss = 0.5 * (memory_mlp(kt, at, activation, gain, bias) - vt).square().sum()
             gradients = torch.autograd.grad(loss, at, create_graph=True)
         momentum = tuple(gate(eta) * s - gate(theta) * g for s, g in zip(momentum, gradients, strict=True))
-        weights = tuple((1 - gate(alpha)) * w + s for w, s in zip(weights, momentum, strict=True))
+        weights = tuple(
+            (1 - gate(alpha)) * w + gate(alpha) * b + s for w, b, s in zip(weights, to, momentum, strict=True)
+        )
         outputs.append(memory_mlp(qt, weights, activation, gain, bias))
         offset = (offset + 1) % chunk_size
     final = MemoryState(weights, () if eta is None else momentum, anchor if offset else None, offset)

@@ -50,6 +50,7 @@ class RowGradients:
     momentum: list[Tensor]
     anchor: list[Tensor]
     document: list[Tensor]  # of the document state: weights, then momentum
+    base: list[Tensor]
 
     def leave_start(self) -> None:
         """Where the start was another's, it has no gradient here."""
@@ -122,13 +123,13 @@ class RowsBackward:
         tokens = [self.d_q, self.d_k, self.d_v, self.d_keep, self.d_eta, self.d_theta]
         adj = self.adj
         return RowGradients(
-            tokens, [self.d_gain, self.d_bias], adj.weights, adj.momentum, self.d_entered, self.d_document
+            tokens, [self.d_gain, self.d_bias], adj.weights, adj.momentum, self.d_entered, self.d_document, adj.base
         )
 
     def _adjoints(self) -> Adjoints:
         if self.adj is None:
             weights, momentum, self.d_end_anchor = self.d_end()
-            self.adj = Adjoints(weights, momentum, weights)
+            self.adj = Adjoints(weights, momentum, weights, [torch.zeros_like(b) for b in self.seq.base])
         return self.adj
 
     def _segment(self, index: int) -> None:
@@ -143,15 +144,20 @@ class RowsBackward:
         for j, span in reversed(list(enumerate(segment.spans()))):
             run = Walk(seq, *states.pop(), anchor).chunk(span, coef.chunk(j))
             adj = self._adjoints()
-            if anchor is not None:
+            if anchor is not None or seq.base:
                 adj.anchor = [torch.zeros_like(w) for w in weights]
             gradients = chunk_backward(
-                self.d_y[:, run.span], run.coefficients, run.anchor, run.weights, run.momentum,
+                self.d_y[:, run.span], run.coefficients, run.anchor, run.weights, run.momentum, seq.base,
                 run.saved, seq.act, seq.norm, adj,
             )  # fmt: skip
             for d_anchor, d_end in zip(adj.anchor, self.d_end_anchor, strict=False):
                 d_anchor += d_end  # the last chunk's anchor was also an output
             self.d_end_anchor = []
+            if seq.base and anchor is None:
+                for total in (adj.weights, adj.base):  # the anchor was base + weights
+                    for d_part, d_anchor in zip(total, adj.anchor, strict=True):
+                        d_part += d_anchor
+                adj.anchor = adj.weights
             self.d_q[:, run.span], self.d_k[:, run.span], self.d_v[:, run.span] = gradients.q, gradients.k, gradients.v
             d_rows[:, :, j], d_last[:, j] = gradients.weight_rows.transpose(0, 1), gradients.last_momentum_row
             if self.d_gain is not None and self.d_bias is not None:

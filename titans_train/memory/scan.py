@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from titans_train.memory.activation import ACTIVATIONS
 from titans_train.memory.chunk import Norm
 from titans_train.memory.recurrence import memory_mlp
 from titans_train.memory.rows import RowGradients, Rows, RowsBackward, State, forward_rows
-from titans_train.memory.state import MemoryState
+from titans_train.memory.state import MemoryState, Weights
 from titans_train.memory.walk import Segment, Sequence, chunk_grid
 
 memory_read = memory_mlp  # reading alone, M_W(q): nothing is written
@@ -32,13 +32,15 @@ class Spec:
     entered: bool  # the first chunk was begun by an earlier call
     ends_inside: bool  # the last chunk is not full
     starts: Tensor | None  # [batch, L] bool
+    has_base: bool
     surprises: list[Tensor] | None
 
     def layers(self) -> list[int]:
-        """Lengths of the lists in the Function's state arguments: W, S, anchor, document W, document S."""
+        """Lengths of the lists in the Function's state arguments: W, S, anchor, document W, document S, base."""
         momentum = self.depth if self.has_momentum else 0
         documents = self.starts is not None
-        return [self.depth, momentum, self.depth * self.entered, self.depth * documents, momentum * documents]
+        of_documents = [self.depth * documents, momentum * documents]
+        return [self.depth, momentum, self.depth * self.entered, *of_documents, self.depth * self.has_base]
 
     @property
     def inputs(self) -> int:
@@ -72,12 +74,12 @@ class Call:
         norm = None
         if gain is not None and bias is not None:
             norm = Norm(gain.repeat(batch, 1)[:, None], bias.repeat(batch, 1)[:, None])
-        weights, momentum, anchor, *document = _split([_flat(s) for s in states if s is not None], spec.layers())
+        weights, momentum, anchor, *beside = _split([_flat(s) for s in states if s is not None], spec.layers())
         starts = None if spec.starts is None else spec.starts.repeat_interleave(heads, dim=0)
         keep = torch.ones_like(_flat(theta)) if alpha is None else 1 - _flat(alpha)
         eta = None if eta is None else _flat(eta)
         act = ACTIVATIONS[spec.activation]
-        seq = Sequence(_flat(q), _flat(k), _flat(v), keep, eta, _flat(theta), act, norm, starts, *document)
+        seq = Sequence(_flat(q), _flat(k), _flat(v), keep, eta, _flat(theta), act, norm, starts, *beside)
         return Rows(seq, weights, momentum, anchor)
 
     def outputs(self, y: Tensor, state: State) -> tuple[Tensor, ...]:
@@ -110,7 +112,7 @@ class Call:
         assert d_keep is not None
         d_alpha = None if self.tensors[3] is None else -d_keep
         norm = [None if g is None else g.view(*self.shape, -1).sum(0) for g in of.norm]
-        states = [*of.weights, *of.momentum, *of.anchor, *of.document]
+        states = [*of.weights, *of.momentum, *of.anchor, *of.document, *of.base]
         return [*map(rows, [d_q, d_k, d_v, d_alpha, d_eta, d_theta]), *norm, *map(rows, states)]
 
 
@@ -160,6 +162,7 @@ def memory_scan(
     bias: Tensor | None = None,
     document_starts: Tensor | None = None,
     document_state: MemoryState | None = None,
+    base: Weights | None = None,
     store_every: int = 16,
     surprises: list[Tensor] | None = None,
     run: Run = _Scan.apply,
@@ -171,6 +174,7 @@ def memory_scan(
     state: weights and momentum before the first token, batch as q or 1; inside a chunk it carries its anchor.
     gain, bias: [heads, d]; given, the memory is M(k) = k + gain * LayerNorm(MLP(k)) + bias.
     document_starts: [batch, length] bool, true only where a chunk begins; there the row takes `document_state`.
+    base: weights, batch 1, that forgetting leads to; None: to zero, as in the paper.
     store_every: the backward keeps the state of every k-th chunk; changes speed and memory, not results.
     surprises: a list that receives [rows, tokens] norms of the inner gradients, by chunks and groups of rows.
     run: another way to scan (over parts of a sequence on several devices).
@@ -183,9 +187,12 @@ def memory_scan(
     if length == 0:
         return v.clone(), state
     offset = (state.offset + length) % chunk_size
+    base = None if alpha is None else base
+    # The Function's weights are what stands above the base: all the formulas are the same for that
+    state, document_state = above(state, base, -1), document_state and above(document_state, base, -1)
     spec = Spec(
         chunk_grid(length, chunk_size, state.offset, store_every), activation, len(state.weights), eta is not None,
-        state.offset > 0, offset > 0, document_starts, surprises,
+        state.offset > 0, offset > 0, document_starts, base is not None, surprises,
     )  # fmt: skip
     tensors: list[Tensor | None] = [q, k, v, alpha, eta, theta, gain, bias]
     for source in (state, document_state if document_starts is not None else None):
@@ -193,12 +200,22 @@ def memory_scan(
             source = source.expand(batch)
             tensors += [*source.weights, *(source.momentum if eta is not None else ())]
             tensors += source.anchor or ()
+    tensors += [w.expand(batch, *w.shape[1:]) for w in base or ()]
     dtype = torch.promote_types(torch.promote_types(q.dtype, torch.float32), state.weights[0].dtype)
     outputs = run(spec, *(None if t is None else t.to(dtype) for t in tensors))
     weights, momentum, anchor = _split(
         list(outputs[1:]), [spec.depth, spec.depth * (eta is not None), spec.depth * (offset > 0)]
     )
-    return outputs[0].to(q.dtype), MemoryState(tuple(weights), tuple(momentum), tuple(anchor) or None, offset)
+    after = MemoryState(tuple(weights), tuple(momentum), tuple(anchor) or None, offset)
+    return outputs[0].to(q.dtype), above(after, base, 1)
+
+
+def above(state: MemoryState, base: Weights | None, sign: int) -> MemoryState:
+    """The state with the base added to its weights or taken from them."""
+    if base is None:
+        return state
+    weights = tuple(w + sign * b.to(w.dtype) for w, b in zip(state.weights, base, strict=True))
+    return replace(state, weights=weights)
 
 
 def _check(

@@ -58,6 +58,7 @@ class Sequence:
     starts: Tensor | None  # [n, L] bool
     document_weights: list[Tensor]  # [n, d_in, d_out]; empty without document starts
     document_momentum: list[Tensor]
+    base: list[Tensor]  # of all weights above it; empty: zero
 
     def part(self, rows: slice) -> Sequence:
         """Some of the rows."""
@@ -69,6 +70,7 @@ class Sequence:
         return Sequence(
             self.q[rows], self.k[rows], self.v[rows], self.keep[rows], cut(self.eta), self.theta[rows], self.act, norm,
             cut(self.starts), [w[rows] for w in self.document_weights], [s[rows] for s in self.document_momentum],
+            [w[rows] for w in self.base],
         )  # fmt: skip
 
     def coefficients(self, segment: Segment) -> tuple[Tensor, Tensor | None, Coefficients]:
@@ -104,7 +106,7 @@ class ChunkRun:
 
     def read(self, seq: Sequence) -> Tensor:
         q = seq.q[:, self.span]
-        return chunk_read(q, self.weights, self.momentum, self.coefficients, self.saved, seq.act, seq.norm)
+        return chunk_read(q, self.weights, self.momentum, seq.base, self.coefficients, self.saved, seq.act, seq.norm)
 
 
 class Walk:
@@ -164,7 +166,8 @@ class Walk:
         if rows is not None:
             weights = [torch.where(rows, d, w) for d, w in zip(seq.document_weights, weights, strict=True)]
             momentum = [torch.where(rows, d, s) for d, s in zip(seq.document_momentum, momentum, strict=True)]
-        anchor = weights if self.entered_anchor is None else self.entered_anchor
+        whole = [b + w for b, w in zip(seq.base, weights, strict=True)] if seq.base else weights
+        anchor = whole if self.entered_anchor is None else self.entered_anchor
         self.entered_anchor = None
         saved = inner_gradients(seq.k[:, span], seq.v[:, span], anchor, seq.act, seq.norm)
         return ChunkRun(span, c, anchor, weights, momentum, saved, rows)
