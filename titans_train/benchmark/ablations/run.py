@@ -13,7 +13,7 @@ from titans_train.benchmark.ablations.variants import Run, count
 from titans_train.config import RunConfig, dump_config
 
 Result = dict[str, Any]
-TIMES = (1, 2, 4, 8)  # of the training length, at which needles are looked for
+TIMES = (1, 4, 16, 64)  # of the training length, at which needles are looked for
 
 
 class Failed(Exception):  # noqa: N818
