@@ -23,7 +23,7 @@ from titans_train.plan_sequence import (
 )
 from titans_train.shape import ModelShape
 
-LINEAR = {"depth": 1, "residual_norm": False}
+LINEAR = {"depth": 1, "residual_norm": False, "forget_to": "zero"}
 
 
 def big(block: str = "lmm", **memory: Any) -> ModelShape:
@@ -113,6 +113,6 @@ def test_the_plan_says_how_a_scan_crosses_shards(tmp_path: Path) -> None:
     text = make_plan(config, 4).describe()
     for part in (
         "one sequence on ranks [0 1]: 32 tokens each", "wavefront in 2 pieces", "predicted efficiency",
-        "warning: ZeRO 3", "to the next shard", "to the shard before", "the memory is not linear",
+        "warning: ZeRO 3", "to the next shard", "to the shard before", "the memory has no affine form",
     ):  # fmt: skip
         assert part in text, text

@@ -49,7 +49,7 @@ class Sampler:
     def draw_rows(self, logits: Tensor, generators: Sequence[torch.Generator], seen: Tensor | None = None) -> list[int]:
         """logits: [B, V], seen: [B, V] bool -> B token ids, each by the random numbers of its own row."""
         logits = self._penalised(logits, seen)
-        if self.temperature == 0:
+        if self.temperature < torch.finfo(torch.float32).tiny:  # a CPU may take it for zero
             return [int(token) for token in logits.argmax(-1)]
         # Less the largest: a tiny temperature then gives 0 and -inf, not inf.
         scaled = (logits - logits.max(-1, keepdim=True).values) / self.temperature
