@@ -270,9 +270,9 @@ def _peer_memory(m: Memory, head_dim: int) -> MemoryShape:
     """A matrix per head, from zero; what only the Titans memory has is off."""
     return MemoryShape(
         rule=m.rule, chunk_size=m.chunk_size, depth=1, hidden=head_dim, activation="silu", residual_norm=False,
-        momentum=False, forgetting=False, forget_to="zero", write=True, normalize_values=False, convolution=m.convolution,
-        key_start=m.key_start, gate=m.gate, theta_max=1.0, couple_theta=False, forget_bias=0.0, momentum_bias=0.0,
-        theta_bias=0.0, store_every=1, peer_kernels=m.peer_kernels,
+        momentum=False, forgetting=False, forget_to="zero", write=True, normalize_values=False,
+        convolution=m.convolution, key_start=m.key_start, gate=m.gate, theta_max=1.0, couple_theta=False,
+        forget_bias=0.0, momentum_bias=0.0, theta_bias=0.0, store_every=1, peer_kernels=m.peer_kernels,
     )  # fmt: skip
 
 

@@ -106,10 +106,10 @@ def attention_keys(shape: ModelShape, length: int) -> float:
 def scan_forward_flops(shape: ModelShape, length: int) -> float:
     """Matrix products of the memory scan, forward, per token, all heads of one layer.
 
-    A layer i x o of the memory costs per token and head 2 i o for each of: keys forward, weights read,
-    momentum read, weights updated, momentum updated, and the base read that forgetting leads to; 2 i o for the inner
-    backward (not in the first layer); and 2 b (i + o) for the products within the chunk. Two layers d x h x d: 22 d h + 4 b (d + h).
-    Gates, norms and activations are not counted.
+    A layer i x o of the memory costs per token and head 2 i o for each of: keys forward, weights read, momentum read,
+    weights updated, momentum updated, and the base read that forgetting leads to; 2 i o for the inner backward (not in
+    the first layer); and 2 b (i + o) for the products within the chunk. Two layers d x h x d that forget to zero:
+    22 d h + 4 b (d + h). Gates, norms and activations are not counted.
     """
     if shape.memory is None:
         return 0.0

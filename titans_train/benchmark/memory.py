@@ -58,8 +58,8 @@ CASES = {
 def model_shape(block: str, chunk: int, norm: bool) -> ModelShape:
     memory = MemoryShape(
         rule="titans", chunk_size=chunk, depth=2, hidden=HIDDEN, activation="silu", residual_norm=norm, momentum=True,
-        forgetting=True, write=True, normalize_values=True, convolution=4, key_start="token", gate="memory",
-        theta_max=4 / chunk, couple_theta=True,
+        forgetting=True, forget_to="zero", write=True, normalize_values=True, convolution=4, key_start="token",
+        gate="memory", theta_max=4 / chunk, couple_theta=True,
         forget_bias=-6.0, momentum_bias=0.0, theta_bias=0.0, store_every=max(1, min(16, 1024 // chunk)),
     )  # fmt: skip
     return ModelShape(
