@@ -45,6 +45,8 @@ def test_what_the_issue_of_ablations_names_is_there_and_first_seeds_come_first()
         "lmm, memory off",
         "mag, memory off",
         "lmm, forgets to its start",
+        "transformer",
+        "transformer, window",
     }
 
 
