@@ -30,6 +30,7 @@ from titans_train.errors import UserError
 from titans_train.inference.sampling import Reading, Sampler, generate, read
 from titans_train.models import LanguageModel
 from titans_train.models.tree import tensors_of
+from titans_train.outputs import check_file
 from titans_train.parallel.launch import flush_denormals
 from titans_train.plan import resolve_shape
 from titans_train.shape import BLOCKS, ModelShape
@@ -165,11 +166,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         raise UserError(
             f"--contexts has {wrong[0]}; all but the largest are multiples of {PIECE}, the tokens of a piece"
         )
-    for path in (options.json, options.picture):
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}; create it")
-        if path and path.is_dir():
-            raise UserError(f"{path} is a folder; name a file in it")
+    check_file("--json", options.json)
+    check_file("--picture", options.picture)
     if options.picture and options.picture.suffix.lower() not in PICTURES:
         raise UserError(f"--picture {options.picture}: its name ends in one of {', '.join(PICTURES)}")
     for block in options.blocks:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titans_train.errors import UserError
+from titans_train.outputs import check_file
 
 if TYPE_CHECKING:
     from titans_train.evaluation.context import Context
@@ -62,23 +60,8 @@ def main(args: Sequence[str]) -> int:
 
 def check(options: argparse.Namespace) -> None:
     """UserError where the figures or the picture could not be written: known before anything is measured."""
-    for name in ("json", "picture"):
-        path: Path | None = getattr(options, name)
-        if path is None:
-            continue
-        folder = path.absolute().parent
-        if path.is_dir():
-            raise UserError(f"--{name} {path} is a folder; name a file in it")
-        if not folder.is_dir():
-            raise UserError(f"--{name} {path}: there is no folder {folder}; create it")
-        try:
-            if not path.exists():
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
-            elif not os.access(path, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        except OSError as error:
-            raise UserError(f"--{name} {path} cannot be written: {error.strerror}; name another file") from error
+    check_file("--json", options.json)
+    check_file("--picture", options.picture)
     if options.picture and options.picture.suffix.lower() not in PICTURES:
         raise UserError(f"--picture {options.picture}: its name does not end with {', '.join(PICTURES)}")
 

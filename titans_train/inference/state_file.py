@@ -16,6 +16,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from titans_train import outputs
 from titans_train.errors import UserError
 from titans_train.inference.sampling import Reading
 from titans_train.models import LanguageModel
@@ -26,10 +27,7 @@ from titans_train.models.tree import tensors_of
 
 def check_place(path: Path) -> None:
     """UserError where no state can be saved, before hours of reading; leaves nothing."""
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--save-state {path}: there is no folder {path.parent}; create it")
-    if path.is_dir():
-        raise UserError(f"--save-state {path} is a folder; name a file in it")
+    outputs.check_place("--save-state", path)
     beside = _beside(path)
     try:
         beside.touch()

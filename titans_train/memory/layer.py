@@ -94,12 +94,11 @@ class NeuralMemory(nn.Module):
 
     def initial_memory(self, batch: int = 1) -> MemoryState:
         """The state before the first token of a document: learned weights, no momentum."""
-        weights = tuple(w[None].to(torch.promote_types(w.dtype, torch.float32)) for w in self.initial())
-        return MemoryState.start(weights, self.shape.momentum).expand(batch)
+        return MemoryState.start(self._start(), self.shape.momentum).expand(batch)
 
-    def base(self) -> Weights | None:
-        """What forgetting leads to."""
-        return self.initial_memory().weights if self.shape.forget_to == "start" else None
+    def _start(self) -> Weights:
+        """The learned initial weights, [1, H, d_in, d_out] in float32 or better."""
+        return tuple(w[None].to(torch.promote_types(w.dtype, torch.float32)) for w in self.initial())
 
     def gain_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
         """Of the residual layer norm inside the memory, [H, d] each; None without it."""
@@ -183,7 +182,8 @@ class NeuralMemory(nn.Module):
         y, memory = scan(
             q, k, v, alpha, eta, theta, state.memory,
             chunk_size=self.shape.chunk_size, activation=self.shape.activation, gain=gain, bias=bias,
-            document_starts=document_starts, document_state=document_memory, base=self.base(),
+            document_starts=document_starts, document_state=document_memory,
+            base=self._start() if self.shape.forget_to == "start" else None,
             store_every=self.shape.store_every, surprises=surprises,
         )  # fmt: skip
         if surprises:

@@ -166,9 +166,9 @@ class Walk:
         if rows is not None:
             weights = [torch.where(rows, d, w) for d, w in zip(seq.document_weights, weights, strict=True)]
             momentum = [torch.where(rows, d, s) for d, s in zip(seq.document_momentum, momentum, strict=True)]
-        whole = [b + w for b, w in zip(seq.base, weights, strict=True)] if seq.base else weights
-        anchor = whole if self.entered_anchor is None else self.entered_anchor
-        self.entered_anchor = None
+        anchor, self.entered_anchor = self.entered_anchor, None
+        if anchor is None:
+            anchor = [b + w for b, w in zip(seq.base, weights, strict=True)] if seq.base else weights
         saved = inner_gradients(seq.k[:, span], seq.v[:, span], anchor, seq.act, seq.norm)
         return ChunkRun(span, c, anchor, weights, momentum, saved, rows)
 

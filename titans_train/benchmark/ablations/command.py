@@ -14,6 +14,7 @@ from titans_train.benchmark.ablations.run import Result, run_one
 from titans_train.benchmark.ablations.variants import FOLDER, TASKS, Run, Variant, load_variants, runs
 from titans_train.config import RunConfig
 from titans_train.errors import UserError
+from titans_train.outputs import check_file
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -59,8 +60,7 @@ def _check(options: argparse.Namespace) -> None:
         number = getattr(options, name)
         if number is not None and number < 1:
             raise UserError(f"--{name} is {number}; it is at least 1")
-    if options.json and not options.json.absolute().parent.is_dir():
-        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}; create it")
+    check_file("--json", options.json)
     for folder in filter(None, (options.folder, options.pictures)):
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ def values(results: list[Result], variant: str, column: str) -> list[float]:
     return [figure(r["figures"]) for r in results if r["variant"] == variant and r["task"] == task]
 
 
-def results_cases(results: list[Result]) -> int:
+def _cases(results: list[Result]) -> int:
     """Needles looked for at a length, in the run that has least."""
     return min(r["figures"]["needles"][0]["cases"] for r in results if r["task"] == "needles")
 
@@ -52,7 +52,7 @@ def sign(results: list[Result], variant: str, column: str) -> str:
     ours, reference = map(statistics.mean, groups)
     variance = sum((len(g) - 1) * statistics.variance(g) for g in groups if len(g) > 1) / freedom
     if COLUMNS[column][0] == "needles":
-        share, cases = statistics.mean([ours, reference]), results_cases(results)
+        share, cases = statistics.mean([ours, reference]), _cases(results)
         variance = max(variance, share * (1 - share) / cases)
     if abs(ours - reference) <= STUDENT[freedom] * math.sqrt(variance * sum(1 / len(g) for g in groups)):
         return "="
