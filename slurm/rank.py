@@ -40,7 +40,10 @@ def log_path() -> Path | None:
 
 
 def run(command: list[str]) -> tuple[int, bool]:
-    """The command's return code, negative for a signal, and whether a signal that came to this process too ended it."""
+    """The command's return code, negative for a signal, and whether a signal that came to this process too ended it.
+
+    A shell whose own command the signal ended first may say 128 + signal: that is the signal's as well.
+    """
     heard: set[int] = set()
     for each in SIGNALS:
         signal.signal(each, lambda number, _: heard.add(number))
@@ -51,7 +54,7 @@ def run(command: list[str]) -> tuple[int, bool]:
     deadline = time.monotonic() + 1  # SLURM sends it to one process after the other
     while ended_by in SIGNALS and ended_by not in heard and time.monotonic() < deadline:
         time.sleep(0.02)
-    return code, ended_by in heard
+    return (-ended_by, True) if ended_by in heard else (code, False)
 
 
 def note_bad(code: int, status: int) -> int:

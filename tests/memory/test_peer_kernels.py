@@ -169,10 +169,12 @@ def test_a_checkpoint_trained_with_the_kernels_is_used_without_a_gpu(
     assert texts[0] == texts[1]
 
 
-@pytest.mark.skipif(TRITON, reason="the kernels can be imported")
 def test_asking_for_kernels_that_cannot_be_imported_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(kernels, "_unusable", kernels._unusable.__wrapped__)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in [name for name in sys.modules if name.split(".")[0] == "fla"]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(UserError, match="cannot be imported .*triton.* install the extra peers"):
         check("fla")
 

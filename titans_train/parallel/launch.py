@@ -51,7 +51,7 @@ def process_group(
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    if "RANK" in os.environ:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group(backend, timeout=world_timeout)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
