@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs with the extra "test", and SLURM where it can (install_slurm.sh); then runs ruff, mypy and pytest. All three
-# run, and each failure counts.
+# run, each failure counts, and the last lines name them.
 # Usage: test.sh [--all] [pytest arguments]    --all: the long tests too
 # Without pytest arguments the tests that mostly wait, for SLURM and for killed runs, run beside the others.
 set -euo pipefail
@@ -13,8 +13,8 @@ prepare_environment test
 bash launchers/install_slurm.sh || true # says why not; the tests that need it are then skipped
 
 WAITING=(tests/slurm tests/fault_table)
-status=0 waiting="" log="$(mktemp)"
-trap '[[ -z "$waiting" ]] || kill "$waiting"; rm -f -- "$log"' EXIT
+status=0 waiting="" logs="$(mktemp -d)"
+trap '[[ -z "$waiting" ]] || kill "$waiting"; rm -rf -- "$logs"' EXIT
 say "ruff"
 "$PYTHON_IN_VENV" -m ruff check . || status=1
 say "mypy"
@@ -24,11 +24,13 @@ if (($# > 0)) && [[ "$*" != --all ]]; then
     "$PYTHON_IN_VENV" -m pytest "$@" || status=$?
     exit "$status"
 fi
-"$PYTHON_IN_VENV" -m pytest -rs "$@" "${WAITING[@]}" >"$log" 2>&1 &
+"$PYTHON_IN_VENV" -m pytest -rfEs "$@" "${WAITING[@]}" >"$logs/waiting" 2>&1 &
 waiting=$!
-"$PYTHON_IN_VENV" -m pytest "$@" "${WAITING[@]/#/--ignore=}" || status=$?
+"$PYTHON_IN_VENV" -m pytest -rfEs "$@" "${WAITING[@]/#/--ignore=}" | tee -- "$logs/others" || status=$?
 say "pytest ${WAITING[*]}"
 wait "$waiting" || status=$?
 waiting=""
-cat -- "$log"
+cat -- "$logs/waiting"
+say "the others, once more$([[ $status == 0 ]] || printf ' (something failed: ruff, mypy, above or below)')"
+sed -n '/short test summary/,$p' -- "$logs/others"
 exit "$status"

@@ -1,12 +1,16 @@
 """Which tests run (`--all` adds the long ones, a GPU the gpu ones), and one thread each: the machines are shared."""
 
 import os
+import signal
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+for number in (signal.SIGINT, signal.SIGHUP):  # which tests in the background ignore, and what they start would too
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from tests.models.shapes import tiny
 from titans_train.data import Sample
-from titans_train.evaluation.scoring import Scorer, case_sums, position_sums
+from titans_train.evaluation.scoring import Scorer, case_and_position_sums
 from titans_train.models import LanguageModel
 from titans_train.parallel import make_parts, mesh_of, process_group
 from titans_train.parallel.shards import ShardSettings
@@ -45,7 +45,7 @@ def main(out: Path) -> None:
                 torch.manual_seed(0)
                 model = LanguageModel(shape_of(block), make_parts(mesh, share, shards)).double()
                 scorer = Scorer(model, mesh, batch=2)
-                cases, places = case_sums(scorer, COUNT, sample), position_sums(scorer, COUNT, sample, LENGTH)
+                cases, places = case_and_position_sums(scorer, COUNT, sample, LENGTH)
             layout = f"tensor {tensor}, sequence {sequence}, sequence parallel {share}"
             found.append({"block": block, "layout": layout, "cases": cases.tolist(), "places": places.tolist()})
         if world.is_first:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from tests.evaluation.scoring_worker import BLOCKS, CASES, COUNT, LENGTH, sample
 from tests.torchrun import torchrun
 from titans_train.data import Sample
 from titans_train.evaluation import scoring
-from titans_train.evaluation.scoring import Scorer, case_sums, position_sums
+from titans_train.evaluation.scoring import Scorer, case_and_position_sums
 from titans_train.models import LanguageModel
 from titans_train.parallel import process_group
 
@@ -41,7 +41,7 @@ def test_scores_are_those_of_a_plain_forward(block: str, piece: int, monkeypatch
     want = plain(block)
     with process_group() as mesh:
         scorer = Scorer(model(block), mesh, batch=2)
-        cases, places = case_sums(scorer, COUNT, sample), position_sums(scorer, COUNT, sample, LENGTH)
+        cases, places = case_and_position_sums(scorer, COUNT, sample, LENGTH)
     assert torch.allclose(cases, want.sum(1), rtol=1e-10, atol=1e-10)
     assert torch.allclose(places, want.sum(0), rtol=1e-10, atol=1e-10)
     assert 0 < cases[:, 1].sum() < cases[:, 0].sum()
@@ -57,10 +57,14 @@ def test_documents_restart_within_pieces(block: str, monkeypatch: pytest.MonkeyP
 
     with process_group() as mesh:
         scorer = Scorer(model(block), mesh, batch=3)
-        whole = position_sums(scorer, COUNT, packed, LENGTH)
+
+        def places(given: Callable[[Sequence[int]], Sample]) -> torch.Tensor:
+            return case_and_position_sums(scorer, COUNT, given, LENGTH)[1]
+
+        whole = places(packed)
         monkeypatch.setattr(scoring, "PIECE", 8)
-        assert torch.allclose(position_sums(scorer, COUNT, packed, LENGTH), whole, rtol=1e-10, atol=1e-10)
-        assert not torch.allclose(position_sums(scorer, COUNT, sample, LENGTH), whole)
+        assert torch.allclose(places(packed), whole, rtol=1e-10, atol=1e-10)
+        assert not torch.allclose(places(sample), whole)
 
 
 def test_scores_do_not_depend_on_the_layout(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from titans_train.data import Sample, SyntheticDataset, TokenDataset
-from titans_train.evaluation.scoring import Scorer, position_sums
+from titans_train.evaluation.intervals import clustered
+from titans_train.evaluation.scoring import Scorer, case_and_position_sums
 from titans_train.parallel import Mesh, sum_over_data
 from titans_train.parallel.launch import device
 
@@ -19,7 +20,8 @@ from titans_train.parallel.launch import device
 def evaluate(scorer: Scorer, dataset: TokenDataset | SyntheticDataset, sequences: int | None = None) -> dict[str, Any]:
     """Over the first `sequences` (None: all): loss in nats per token, perplexity, bits per byte of text, accuracy.
 
-    accuracy: share of labelled positions whose likeliest token is the label. by_position: the same over stretches of
+    accuracy: share of labelled positions whose likeliest token is the label; of a synthetic task, whose sequences are
+    drawn at random, also the 95 % interval accuracy_low to accuracy_high. by_position: the same over stretches of
     the context, each twice as long as the one before, as {first, last, tokens, loss, accuracy}. bytes: of the text that
     the labels stand for; where the tokenizer does not tell, bytes_by_average: by the mean of the whole split. On every
     rank alike.
@@ -34,8 +36,8 @@ def evaluate(scorer: Scorer, dataset: TokenDataset | SyntheticDataset, sequences
             sizes[list(numbers)] = torch.stack([own, torch.ones_like(own)], 1)
         return given
 
-    sums = position_sums(scorer, count, sample, dataset.length)
-    tokens, right, total = sums.sum(0).tolist()
+    cases, positions = case_and_position_sums(scorer, count, sample, dataset.length)
+    tokens, right, total = positions.sum(0).tolist()
     loss = total / max(tokens, 1)
     figures: dict[str, Any] = {
         "loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": right / max(tokens, 1),
@@ -47,7 +49,9 @@ def evaluate(scorer: Scorer, dataset: TokenDataset | SyntheticDataset, sequences
         size = size if exact else tokens * dataset.bytes_per_token
         figures["bits_per_byte"] = total / math.log(2) / max(size, 1)
         figures |= {"bytes": round(size)} if exact else {"bytes_by_average": size}
-    return figures | {"by_position": by_position(sums)}
+    if isinstance(dataset, SyntheticDataset):
+        figures["accuracy_low"], figures["accuracy_high"] = clustered(cases[:, 1].tolist(), cases[:, 0].tolist())
+    return figures | {"by_position": by_position(positions)}
 
 
 def _counted(sizes: Tensor, mesh: Mesh) -> float:
@@ -65,7 +69,7 @@ def stretches(length: int) -> list[tuple[int, int]]:
 
 
 def by_position(sums: Tensor) -> list[dict[str, Any]]:
-    """sums [L, 3] of `position_sums`; stretches without a label are left out."""
+    """sums: [L, 3] of `case_and_position_sums`; stretches without a label are left out."""
     found = []
     for first, end in stretches(len(sums)):
         tokens, right, total = sums[first:end].sum(0).tolist()

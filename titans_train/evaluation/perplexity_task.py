@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from titans_train.config import RunConfig
-from titans_train.data import SyntheticDataset
 from titans_train.errors import UserError
 from titans_train.evaluation.context import Context
-from titans_train.evaluation.intervals import clustered
 from titans_train.evaluation.perplexity import evaluate
-from titans_train.evaluation.scoring import case_sums
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +35,6 @@ def run(context: Context, options: argparse.Namespace) -> dict[str, Any]:
     dataset = open_dataset(config, options.split, context.model.shape.document_alignment, carried=False)
     check_tokenizer(context.source, config)
     figures = evaluate(context.scorer, dataset, options.sequences)
-    if isinstance(dataset, SyntheticDataset):
-        figures |= interval(context, dataset, figures["sequences"])
     where = f"{context.source.checkpoint} (step {context.about['step']})"
     context.say(f"{where}, {figures['sequences']} sequences of the {options.split} split:")
     for name, value in figures.items():
@@ -50,13 +45,6 @@ def run(context: Context, options: argparse.Namespace) -> dict[str, Any]:
         place = f"{row['first']:>8,} to {row['last']:>8,}"
         context.say(f"    {place}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.4f}")
     return figures
-
-
-def interval(context: Context, dataset: SyntheticDataset, count: int) -> dict[str, float]:
-    """Of the accuracy."""
-    sums = case_sums(context.scorer, count, lambda numbers: dataset.sequences(list(numbers)))
-    low, high = clustered(sums[:, 1].tolist(), sums[:, 0].tolist())
-    return {"accuracy_low": low, "accuracy_high": high}
 
 
 def draw(figures: dict[str, Any], path: Path, title: str) -> None:

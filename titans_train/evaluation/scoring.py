@@ -116,19 +116,19 @@ class Scorer:
 
 def case_sums(scorer: Scorer, count: int, sample: Callable[[Sequence[int]], Sample]) -> Tensor:
     """Of each of `count` sequences, on every rank: labelled tokens, right ones, summed losses: [count, 3] float64."""
-    sums = torch.zeros(count + 1, 3, dtype=torch.float64, device=device())
-    for scored in scorer(count, sample):
-        rows = torch.tensor([min(n, count) for n in scored.rows], device=sums.device)
-        by_row = [x.double().sum(1) for x in (scored.labelled, scored.right & scored.labelled, scored.losses)]
-        sums.index_add_(0, rows, torch.stack(by_row, 1))
-    return sum_over_data(sums, scorer.mesh)[:count].cpu()
+    return case_and_position_sums(scorer, count, sample, 0)[0]
 
 
-def position_sums(scorer: Scorer, count: int, sample: Callable[[Sequence[int]], Sample], length: int) -> Tensor:
-    """At each position of the sequences, over all of them, on every rank: as above, [length, 3] float64."""
-    sums = torch.zeros(length, 3, dtype=torch.float64, device=device())
+def case_and_position_sums(
+    scorer: Scorer, count: int, sample: Callable[[Sequence[int]], Sample], length: int
+) -> tuple[Tensor, Tensor]:
+    """As above, of each sequence, and over all of them at each of the first `length` positions: [length, 3]."""
+    cases = torch.zeros(count + 1, 3, dtype=torch.float64, device=device())  # the last: of rows that do not count
+    positions = torch.zeros(length, 3, dtype=torch.float64, device=device())
     for scored in scorer(count, sample):
-        columns = [x.double().sum(0) for x in (scored.labelled, scored.right & scored.labelled, scored.losses)]
-        here = torch.stack(columns, 1)[: max(length - scored.first, 0)]
-        sums[scored.first : scored.first + len(here)] += here
-    return sum_over_data(sums, scorer.mesh).cpu()
+        right = scored.right & scored.labelled
+        scores = torch.stack([scored.labelled.double(), right.double(), scored.losses.double()], -1)  # [B, l, 3]
+        cases.index_add_(0, torch.tensor([min(n, count) for n in scored.rows], device=cases.device), scores.sum(1))
+        here = scores.sum(0)[: max(length - scored.first, 0)]
+        positions[scored.first : scored.first + len(here)] += here
+    return sum_over_data(cases, scorer.mesh)[:count].cpu(), sum_over_data(positions, scorer.mesh).cpu()
