@@ -263,6 +263,7 @@ def _resolve_memory(config: RunConfig) -> MemoryShape:
         momentum_bias=float(m.momentum_bias),
         theta_bias=float(m.theta_bias),
         store_every=m.store_every if m.store_every is not None else min(16, max(1, 1024 // m.chunk_size)),
+        kernels=m.kernels,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 KERNEL_WIDTHS = range(16, 257, 2)  # of heads, that flash-linear-attention's kernels take
+TRITON_TAKES = {"depth": 2, "chunk": 64, "width": 128}  # at most, of a memory: its own kernels (memory/kernels)
 BLOCKS = ("transformer", "lmm", "mac", "mag", "mal")
 BEFORE: dict[str, dict[str, Any]] = {  # what models are that were stored before there was a choice
     "memory": {"rule": "titans", "gate": "both", "forget_to": "zero"}, "attention": {"residual": False},
@@ -61,7 +62,8 @@ class MemoryShape:
     momentum_bias: float
     theta_bias: float
     store_every: int  # the backward keeps the state of every k-th chunk (no effect on results)
-    peer_kernels: str = "auto"  # "auto", "plain" or "fla": how a peer's rule is computed; not stored
+    kernels: str = "auto"  # "auto", "plain" or "triton": how the Titans rule is computed; not stored
+    peer_kernels: str = "auto"  # "auto", "plain" or "fla": how a peer's is; not stored
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class ModelShape:
         """Without what says how, not what, is computed: a run may go on, and a model be used, on another machine."""
         out = asdict(self)
         if self.memory is not None:
-            del out["memory"]["peer_kernels"]
+            del out["memory"]["kernels"], out["memory"]["peer_kernels"]
         return out
 
     @classmethod

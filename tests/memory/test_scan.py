@@ -1,17 +1,24 @@
-"""The scan equals the definition: outputs, final state and all gradients, in float64."""
+"""The scan equals the definition: outputs, final state and all gradients, in float64.
+
+KERNELS=triton in the environment: of its kernels (test_kernels.py says so to Triton's interpreter).
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from titans_train.memory import MemoryState, memory_scan, recurrence
+from titans_train import memory
+from titans_train.memory import MemoryState, recurrence
 
 TOLERANCE = 1e-12
+memory_scan = partial(memory.memory_scan, kernels=os.environ.get("KERNELS", "plain"))
 
 
 @dataclass
@@ -86,7 +93,8 @@ class Case:
         for a, b in zip(borders, borders[1:], strict=False):
             documents: dict[str, Any] = {}
             if self.documents:
-                documents = {"document_starts": self.starts()[:, a:b], "document_state": self.state("dw", "ds")}
+                starts = self.starts()[:, a:b].to(x["q"].device)
+                documents = {"document_starts": starts, "document_state": self.state("dw", "ds")}
             if self.base:
                 documents["base"] = tuple(x[f"b{i}"] for i in range(self.depth))
             gates = [
@@ -101,7 +109,7 @@ class Case:
             ys.append(y)
         outputs = [torch.cat(ys, 2), *state.weights, *state.momentum, *(state.anchor or ())]
         g = torch.Generator().manual_seed(1)
-        loss = sum((o * torch.randn(o.shape, generator=g, dtype=o.dtype)).sum() for o in outputs)
+        loss = sum((o * torch.randn(o.shape, generator=g, dtype=torch.float64).to(o)).sum() for o in outputs)
         assert isinstance(loss, Tensor)
         gradients = torch.autograd.grad(loss, list(x.values()), allow_unused=True)
         return outputs, {n: t for n, t in zip(x, gradients, strict=True) if t is not None}

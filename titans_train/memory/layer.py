@@ -184,7 +184,7 @@ class NeuralMemory(nn.Module):
             chunk_size=self.shape.chunk_size, activation=self.shape.activation, gain=gain, bias=bias,
             document_starts=document_starts, document_state=document_memory,
             base=self._start() if self.shape.forget_to == "start" else None,
-            store_every=self.shape.store_every, surprises=surprises,
+            store_every=self.shape.store_every, surprises=surprises, kernels=self.shape.kernels,
         )  # fmt: skip
         if surprises:
             self._record(surprises, alpha, eta, theta, memory if ends else None)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from titans_train.memory.chunk import Adjoints
 from titans_train.memory.chunk_backward import chunk_backward
-from titans_train.memory.gates import coefficients_backward
+from titans_train.memory.gates import Coefficients, coefficients_backward
+from titans_train.memory.kernels import launch
 from titans_train.memory.walk import Segment, Sequence, Walk
 
 State = tuple[list[Tensor], list[Tensor], list[Tensor]]  # weights, momentum, and the anchor of a chunk not yet full
@@ -87,7 +88,10 @@ def forward_rows(
     for segment in grid:
         stored += sum(walk.copy(), [])
         _, _, coef = seq.coefficients(segment)
-        walk.outputs(segment, coef, y, surprises)
+        if surprises is None and (kernel := launch(seq, segment, coef)) is not None:
+            kernel.forward(walk.weights, walk.momentum, y)
+        else:
+            walk.outputs(segment, coef, y, surprises)
     return (walk.weights, walk.momentum, walk.last_anchor), stored
 
 
@@ -137,6 +141,34 @@ class RowsBackward:
         depth = len(self.rows.weights)
         weights, momentum = self.stored[index][:depth], self.stored[index][depth:]
         keep, eta, coef = seq.coefficients(segment)
+        if (kernel := launch(seq, segment, coef)) is not None:
+            d_rows, d_last = self._by_kernel(kernel, weights, momentum)
+        else:
+            d_rows, d_last = self._by_chunks(index, coef, weights, momentum)
+        d_keep, d_eta, d_theta = coefficients_backward(coef, d_rows, d_last, keep, eta)
+        whole = slice(segment.start, segment.stop)
+        self.d_keep[:, whole], self.d_theta[:, whole] = d_keep.flatten(1), d_theta.flatten(1)
+        if self.d_eta is not None and d_eta is not None:
+            self.d_eta[:, whole] = d_eta.flatten(1)
+
+    def _by_kernel(self, kernel: Any, weights: list[Tensor], momentum: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Gradients of the coefficients, and what they come with."""
+        walk = Walk(self.seq, weights, momentum, None).copied()
+        states = kernel.forward(walk.weights, walk.momentum, keep=True)
+        adj = self._adjoints()
+        found = kernel.backward(states, self.d_y, adj.weights, adj.momentum, [self.d_q, self.d_k, self.d_v])
+        if self.d_gain is not None and self.d_bias is not None:
+            self.d_gain += found.gain
+            self.d_bias += found.bias
+        for total, part in zip(self.d_document, found.document, strict=True):
+            total += part
+        return found.weight_rows, found.last_momentum_row
+
+    def _by_chunks(
+        self, index: int, coef: Coefficients, weights: list[Tensor], momentum: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The same, chunk by chunk."""
+        segment, seq = self.grid[index], self.seq
         anchor = (self.rows.anchor or None) if index == 0 else None
         states = Walk(seq, weights, momentum, anchor).copied().states(segment, coef)
         d_rows = torch.zeros_like(coef.weight_rows)
@@ -166,13 +198,9 @@ class RowsBackward:
                 self.d_bias += gradients.bias.sum(1, keepdim=True)
             if run.document_rows is not None:
                 self._document(run.document_rows, adj)
-        d_keep, d_eta, d_theta = coefficients_backward(coef, d_rows, d_last, keep, eta)
-        whole = slice(segment.start, segment.stop)
-        self.d_keep[:, whole], self.d_theta[:, whole] = d_keep.flatten(1), d_theta.flatten(1)
-        if self.d_eta is not None and d_eta is not None:
-            self.d_eta[:, whole] = d_eta.flatten(1)
         if anchor is not None:
             self.d_entered, adj.anchor = adj.anchor, adj.weights
+        return d_rows, d_last
 
     def _document(self, starting: Tensor, adj: Adjoints) -> None:
         """A document's first chunk took the document state: its adjoint goes there, none goes further back."""

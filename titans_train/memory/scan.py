@@ -17,6 +17,7 @@ from titans_train.memory.recurrence import memory_mlp
 from titans_train.memory.rows import RowGradients, Rows, RowsBackward, State, forward_rows
 from titans_train.memory.state import MemoryState, Weights
 from titans_train.memory.walk import Segment, Sequence, chunk_grid
+from titans_train.shape import TRITON_TAKES
 
 memory_read = memory_mlp  # reading alone, M_W(q): nothing is written
 
@@ -34,6 +35,7 @@ class Spec:
     starts: Tensor | None  # [batch, L] bool
     has_base: bool
     surprises: list[Tensor] | None
+    precision: str | None  # of the kernels' products; None: plain PyTorch
 
     def layers(self) -> list[int]:
         """Lengths of the lists in the Function's state arguments: W, S, anchor, document W, document S, base."""
@@ -74,12 +76,14 @@ class Call:
         norm = None
         if gain is not None and bias is not None:
             norm = Norm(gain.repeat(batch, 1)[:, None], bias.repeat(batch, 1)[:, None])
-        weights, momentum, anchor, *beside = _split([_flat(s) for s in states if s is not None], spec.layers())
+        weights, momentum, anchor, w, s, base = _split([_flat(s) for s in states if s is not None], spec.layers())
         starts = None if spec.starts is None else spec.starts.repeat_interleave(heads, dim=0)
         keep = torch.ones_like(_flat(theta)) if alpha is None else 1 - _flat(alpha)
         eta = None if eta is None else _flat(eta)
         act = ACTIVATIONS[spec.activation]
-        seq = Sequence(_flat(q), _flat(k), _flat(v), keep, eta, _flat(theta), act, norm, starts, *beside)
+        seq = Sequence(
+            _flat(q), _flat(k), _flat(v), keep, eta, _flat(theta), act, norm, starts, w, s, base, spec.precision
+        )
         return Rows(seq, weights, momentum, anchor)
 
     def outputs(self, y: Tensor, state: State) -> tuple[Tensor, ...]:
@@ -165,6 +169,7 @@ def memory_scan(
     base: Weights | None = None,
     store_every: int = 16,
     surprises: list[Tensor] | None = None,
+    kernels: str = "plain",
     run: Run = _Scan.apply,
 ) -> tuple[Tensor, MemoryState]:
     """Writes every token into the memory and reads it back (Titans paper, eq. 8-15; dual form per chunk).
@@ -177,6 +182,7 @@ def memory_scan(
     base: weights, batch 1, that forgetting leads to; None: to zero, as in the paper.
     store_every: the backward keeps the state of every k-th chunk; changes speed and memory, not results.
     surprises: a list that receives [rows, tokens] norms of the inner gradients, by chunks and groups of rows.
+    kernels: "triton": segments of whole chunks by the kernels of kernels/, which take no base; else plain PyTorch.
     run: another way to scan (over parts of a sequence on several devices).
 
     Returns y [batch, heads, length, d] in q's dtype, and the state after the last token. Arithmetic and
@@ -192,7 +198,7 @@ def memory_scan(
     state, document_state = above(state, base, -1), document_state and above(document_state, base, -1)
     spec = Spec(
         chunk_grid(length, chunk_size, state.offset, store_every), activation, len(state.weights), eta is not None,
-        state.offset > 0, offset > 0, document_starts, base is not None, surprises,
+        state.offset > 0, offset > 0, document_starts, base is not None, surprises, _precision(kernels, q, state),
     )  # fmt: skip
     tensors: list[Tensor | None] = [q, k, v, alpha, eta, theta, gain, bias]
     for source in (state, document_state if document_starts is not None else None):
@@ -208,6 +214,13 @@ def memory_scan(
     )
     after = MemoryState(tuple(weights), tuple(momentum), tuple(anchor) or None, offset)
     return outputs[0].to(q.dtype), above(after, base, 1)
+
+
+def _precision(kernels: str, q: Tensor, state: MemoryState) -> str | None:
+    """Of products: 16-bit inputs and outputs are rounded more coarsely than TF32 rounds."""
+    if kernels != "triton" or len(state.weights) > TRITON_TAKES["depth"]:
+        return None
+    return "tf32" if q.dtype.itemsize == 2 else "ieee"
 
 
 def above(state: MemoryState, base: Weights | None, sign: int) -> MemoryState:

@@ -59,6 +59,7 @@ class Sequence:
     document_weights: list[Tensor]  # [n, d_in, d_out]; empty without document starts
     document_momentum: list[Tensor]
     base: list[Tensor]  # of all weights above it; empty: zero
+    precision: str | None = None  # of the kernels' products; None: no kernels
 
     def part(self, rows: slice) -> Sequence:
         """Some of the rows."""
@@ -70,7 +71,7 @@ class Sequence:
         return Sequence(
             self.q[rows], self.k[rows], self.v[rows], self.keep[rows], cut(self.eta), self.theta[rows], self.act, norm,
             cut(self.starts), [w[rows] for w in self.document_weights], [s[rows] for s in self.document_momentum],
-            [w[rows] for w in self.base],
+            [w[rows] for w in self.base], self.precision,
         )  # fmt: skip
 
     def coefficients(self, segment: Segment) -> tuple[Tensor, Tensor | None, Coefficients]:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from titans_train.data import Batch, SyntheticDataset, TokenDataset, loader, open_dataset
 from titans_train.errors import UserError
-from titans_train.memory.peers.kernels import check as check_kernels
+from titans_train.memory import kernels
+from titans_train.memory.peers import kernels as peer_kernels
 from titans_train.models import LanguageModel, recording
 from titans_train.monitoring import signals
 from titans_train.monitoring.metrics import read_metrics
@@ -116,8 +117,10 @@ def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str,
 
 def _check_kernels(plan: Plan) -> None:
     memory = plan.shape.memory
-    if memory is not None and memory.rule != "titans":
-        check_kernels(memory.peer_kernels)
+    if memory is not None and memory.rule == "titans":
+        kernels.check(memory.kernels)
+    elif memory is not None:
+        peer_kernels.check(memory.peer_kernels)
 
 
 def _watchdog(plan: Plan, mesh: Mesh) -> Watchdog:

@@ -1,0 +1,132 @@
+"""Launches the kernels for a segment of whole chunks, in place of walk.Walk and rows.RowsBackward._segment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from titans_train.memory.activation import Gelu
+from titans_train.memory.gates import Coefficients
+from titans_train.memory.kernels.backward import scan_backward
+from titans_train.memory.kernels.forward import scan_forward
+from titans_train.memory.walk import Segment, Sequence
+
+TILE = 64  # of the hidden width
+LEAST = 16  # tl.dot multiplies no smaller matrices
+
+
+@dataclass(frozen=True)
+class States:
+    """The state before each chunk of a segment: [rows, chunks, d_in, d_out] by layer."""
+
+    weights: list[Tensor]
+    momentum: list[Tensor]
+
+
+@dataclass
+class SegmentGradients:
+    """What the backward of a segment gives beside what it changes in place."""
+
+    weight_rows: Tensor  # of Coefficients.weight_rows
+    last_momentum_row: Tensor
+    gain: Tensor | None  # [rows, 1, D]
+    bias: Tensor | None
+    document: list[Tensor]  # of document weights, then momentum; empty without document starts
+
+
+def _layers(tensors: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """First (None at depth 1) and last layer."""
+    if not tensors:
+        return None, None
+    return (tensors[0] if len(tensors) == 2 else None), tensors[-1]
+
+
+def _pairs(weights: list[Tensor], momentum: list[Tensor]) -> list[Tensor | None]:
+    """w1, s1, w2, s2"""
+    (w1, w2), (s1, s2) = _layers(weights), _layers(momentum)
+    return [w1, s1, w2, s2]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One segment of a call."""
+
+    seq: Sequence
+    segment: Segment
+    coef: Coefficients
+    precision: str  # of products: ieee, tf32 or tf32x3
+
+    def sizes(self, weights: list[Tensor]) -> tuple[int, ...]:
+        rows, length, d = self.seq.k.shape
+        return length, self.segment.start, self.segment.chunks, rows, self.segment.size, d, weights[-1].shape[-2]
+
+    def options(self, weights: list[Tensor], momentum: list[Tensor]) -> dict[str, Any]:
+        d, h = weights[-1].shape[-1], weights[-1].shape[-2]
+
+        def block(size: int) -> int:
+            return max(LEAST, triton.next_power_of_2(size))
+
+        return {
+            "BLOCK_T": block(self.segment.size), "BLOCK_D": block(d), "BLOCK_H": min(TILE, block(h)),
+            "DEEP": len(weights) == 2, "MOMENTUM": bool(momentum), "NORM": self.seq.norm is not None,
+            "GELU": isinstance(self.seq.act, Gelu), "DOCUMENTS": self.seq.starts is not None,
+            "PRECISION": self.precision,
+        }  # fmt: skip
+
+    def norm(self) -> list[Tensor | None]:
+        norm = self.seq.norm
+        return [None, None] if norm is None else [norm.gain.contiguous(), norm.bias.contiguous()]
+
+    def documents(self) -> list[Tensor | None]:
+        seq = self.seq
+        if seq.starts is None:
+            return [None] * 5
+        return [seq.starts, *_pairs(seq.document_weights, seq.document_momentum)]
+
+    def last_row(self) -> Tensor:
+        return self.coef.momentum_rows[-1]
+
+    def forward(
+        self, weights: list[Tensor], momentum: list[Tensor], y: Tensor | None = None, keep: bool = False
+    ) -> States:
+        """Moves the state over the segment, in place. y [rows, L, D] is filled there; keep: states before chunks."""
+        states = States([], [])
+        if keep:
+            n, chunks = weights[0].shape[0], self.segment.chunks
+            states = States(*([w.new_empty(n, chunks, *w.shape[1:]) for w in each] for each in (weights, momentum)))
+        seq = self.seq
+        scan_forward[(seq.k.shape[0],)](
+            seq.q, seq.k, seq.v, y, self.coef.weight_rows, self.last_row(), *_pairs(weights, momentum), *self.norm(),
+            *self.documents(), *_pairs(states.weights, states.momentum), *self.sizes(weights),
+            **self.options(weights, momentum), READ=y is not None, KEEP=keep,
+        )  # fmt: skip
+        return states
+
+    def backward(
+        self, states: States, d_y: Tensor, d_weights: list[Tensor], d_momentum: list[Tensor], d_tokens: list[Tensor]
+    ) -> SegmentGradients:
+        """d_weights, d_momentum: adjoints of the state after the segment, moved to before it. d_tokens: of q, k, v
+        [rows, L, D], filled there.
+        """
+        seq, sizes = self.seq, self.sizes(d_weights)
+        rows, size, width = seq.k.shape[0], self.segment.size, sizes[-1]
+        working = [seq.k.new_empty(rows, size, width) for _ in range(5)]
+        documents = [torch.zeros_like(x) for x in (*seq.document_weights, *seq.document_momentum)]
+        depth = len(d_weights)
+        found = SegmentGradients(
+            torch.zeros_like(self.coef.weight_rows), torch.zeros_like(self.last_row()),
+            None if seq.norm is None else torch.zeros_like(seq.norm.gain),
+            None if seq.norm is None else torch.zeros_like(seq.norm.bias), documents,
+        )  # fmt: skip
+        starts, *_ = self.documents()
+        scan_backward[(rows,)](
+            seq.q, seq.k, seq.v, d_y, self.coef.weight_rows, self.last_row(),
+            *_pairs(states.weights, states.momentum), *self.norm(), starts, *_pairs(d_weights, d_momentum),
+            *_pairs(documents[:depth], documents[depth:]), *d_tokens, found.weight_rows, found.last_momentum_row,
+            found.gain, found.bias, *working, *sizes, **self.options(d_weights, d_momentum),
+        )  # fmt: skip
+        return found
