@@ -20,6 +20,7 @@ from titans_train.errors import UserError
 from titans_train.memory import memory_scan
 from titans_train.memory.kernels import check
 
+FLOOR = 1e-6  # eight roundings of a float32: sums in another order
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -45,10 +46,9 @@ def test_their_error_is_at_most_twice_that_of_plain_pytorch() -> None:
     found = json.loads(interpreted("tests.memory.interpreted_scan").splitlines()[-1])
     for case in found.values():
         assert case["launches"] == 2  # forward, and again before the backward
-        worst = max(case["plain"].values())
-        assert 0 < worst < 1e-5 and case["plain"].keys() == case["triton"].keys()
+        assert case["plain"].keys() == case["triton"].keys()
         for name, error in case["triton"].items():
-            assert error <= max(2 * case["plain"][name], worst), (name, error, case["plain"][name])
+            assert 0 < error <= max(2 * case["plain"][name], FLOOR), (name, error, case["plain"][name])
 
 
 def test_asking_for_them_without_a_gpu_is_refused() -> None:

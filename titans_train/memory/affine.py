@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from titans_train.memory.chunk import chunk_update_, inner_gradients, scaled_product
+from titans_train.memory.gates import coefficients
 from titans_train.memory.walk import Segment, Sequence
 
 WeightsMomentum = tuple[list[Tensor], list[Tensor]]
@@ -68,7 +69,7 @@ def shard_map(seq: Sequence, grid: list[Segment]) -> Affine:
     state = [part.clone() for part in torch.split(identity, d, dim=1)]  # W, then S, with columns [T | U]
     document = [pad(x, (m, 0)) for x in (*seq.document_weights, *seq.document_momentum)]
     for segment in grid:
-        _, _, coef = seq.coefficients(segment)
+        coef = coefficients(*seq.gates(segment))
         for j, span in enumerate(segment.spans()):
             rows = seq.document_rows(span.start)
             if rows is not None:
@@ -96,7 +97,7 @@ def start_adjoint(seq: Sequence, d_y: Tensor, grid: list[Segment]) -> WeightsMom
     d_weights = seq.k.new_zeros(n, d, d)
     d_momentum = torch.zeros_like(d_weights)
     for segment in reversed(grid):
-        _, _, coef = seq.coefficients(segment)
+        coef = coefficients(*seq.gates(segment))
         for j, span in reversed(list(enumerate(segment.spans()))):
             c, q, k, d_out = coef.chunk(j), seq.q[:, span], seq.k[:, span], d_y[:, span]
             neg_d = torch.bmm(torch.bmm(q, k.mT).mul_(c.writes).mT, d_out)

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from titans_train.memory.chunk import Adjoints
 from titans_train.memory.chunk_backward import chunk_backward
-from titans_train.memory.gates import Coefficients, coefficients_backward
+from titans_train.memory.gates import Coefficients, coefficients, coefficients_backward
 from titans_train.memory.kernels import launch
 from titans_train.memory.walk import Segment, Sequence, Walk
+
+if TYPE_CHECKING:
+    from titans_train.memory.kernels.segment import Launch
 
 State = tuple[list[Tensor], list[Tensor], list[Tensor]]  # weights, momentum, and the anchor of a chunk not yet full
 
@@ -87,11 +90,10 @@ def forward_rows(
     walk = Walk(seq, rows.weights, rows.momentum, rows.anchor or None).copied()
     for segment in grid:
         stored += sum(walk.copy(), [])
-        _, _, coef = seq.coefficients(segment)
-        if surprises is None and (kernel := launch(seq, segment, coef)) is not None:
+        if surprises is None and (kernel := launch(seq, segment)) is not None:
             kernel.forward(walk.weights, walk.momentum, y)
         else:
-            walk.outputs(segment, coef, y, surprises)
+            walk.outputs(segment, coefficients(*seq.gates(segment)), y, surprises)
     return (walk.weights, walk.momentum, walk.last_anchor), stored
 
 
@@ -140,34 +142,37 @@ class RowsBackward:
         segment, seq = self.grid[index], self.seq
         depth = len(self.rows.weights)
         weights, momentum = self.stored[index][:depth], self.stored[index][depth:]
-        keep, eta, coef = seq.coefficients(segment)
-        if (kernel := launch(seq, segment, coef)) is not None:
-            d_rows, d_last = self._by_kernel(kernel, weights, momentum)
+        if (kernel := launch(seq, segment)) is not None:
+            d_keep, d_eta, d_theta = self._by_kernel(kernel, weights, momentum)
         else:
-            d_rows, d_last = self._by_chunks(index, coef, weights, momentum)
-        d_keep, d_eta, d_theta = coefficients_backward(coef, d_rows, d_last, keep, eta)
+            keep, eta, theta = seq.gates(segment)
+            coef = coefficients(keep, eta, theta)
+            d_keep, d_eta, d_theta = coefficients_backward(
+                coef, *self._by_chunks(index, coef, weights, momentum), keep, eta
+            )
         whole = slice(segment.start, segment.stop)
         self.d_keep[:, whole], self.d_theta[:, whole] = d_keep.flatten(1), d_theta.flatten(1)
         if self.d_eta is not None and d_eta is not None:
             self.d_eta[:, whole] = d_eta.flatten(1)
 
-    def _by_kernel(self, kernel: Any, weights: list[Tensor], momentum: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Gradients of the coefficients, and what they come with."""
+    def _by_kernel(
+        self, kernel: Launch, weights: list[Tensor], momentum: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Gradients of keep, eta and theta, and what they come with."""
         walk = Walk(self.seq, weights, momentum, None).copied()
         states = kernel.forward(walk.weights, walk.momentum, keep=True)
         adj = self._adjoints()
         found = kernel.backward(states, self.d_y, adj.weights, adj.momentum, [self.d_q, self.d_k, self.d_v])
-        if self.d_gain is not None and self.d_bias is not None:
-            self.d_gain += found.gain
-            self.d_bias += found.bias
-        for total, part in zip(self.d_document, found.document, strict=True):
-            total += part
-        return found.weight_rows, found.last_momentum_row
+        totals = (self.d_gain, self.d_bias, *self.d_document)
+        for total, part in zip(totals, (*found.norm, *found.document), strict=True):
+            if total is not None and part is not None:
+                total += part
+        return found.gates
 
     def _by_chunks(
         self, index: int, coef: Coefficients, weights: list[Tensor], momentum: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The same, chunk by chunk."""
+        """Gradients of the coefficients, and what they come with, chunk by chunk."""
         segment, seq = self.grid[index], self.seq
         anchor = (self.rows.anchor or None) if index == 0 else None
         states = Walk(seq, weights, momentum, anchor).copied().states(segment, coef)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from titans_train.memory.activation import Activation
 from titans_train.memory.chunk import Norm, Saved, chunk_read, chunk_update_, inner_gradients
-from titans_train.memory.gates import ChunkCoefficients, Coefficients, coefficients
+from titans_train.memory.gates import ChunkCoefficients, Coefficients
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,13 @@ class Sequence:
             [w[rows] for w in self.base], self.precision,
         )  # fmt: skip
 
-    def coefficients(self, segment: Segment) -> tuple[Tensor, Tensor | None, Coefficients]:
-        """keep and eta of the segment, [n, chunks, size], and the coefficients made of them."""
+    def gates(self, segment: Segment) -> tuple[Tensor, Tensor | None, Tensor]:
+        """keep, eta and theta of the segment, [n, chunks, size]."""
 
         def cut(gate: Tensor) -> Tensor:
             return gate[:, segment.start : segment.stop].unflatten(1, (segment.chunks, segment.size))
 
-        keep, eta = cut(self.keep), None if self.eta is None else cut(self.eta)
-        return keep, eta, coefficients(keep, eta, cut(self.theta))
+        return cut(self.keep), None if self.eta is None else cut(self.eta), cut(self.theta)
 
     def document_rows(self, t: int) -> Tensor | None:
         """Rows [n, 1, 1] in which a document starts at token t; None if there are none (asked on a CPU only)."""

@@ -1,6 +1,6 @@
 """The chunks of a segment as one Triton kernel each way (CUDA; any dtype in Triton's interpreter).
 
-`segment.py` launches them; `tiles.py` has the functions of a tile. They compute what ../chunk.py and
+`segment.py` launches them; `tiles.py` has the functions of a tile. They compute what ../gates.py, ../chunk.py and
 ../chunk_backward.py say, with the same names. This file can be imported without Triton.
 """
 
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from titans_train.errors import UserError
-from titans_train.memory.gates import Coefficients
 from titans_train.memory.walk import Segment, Sequence
 from titans_train.shape import TRITON_TAKES
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from titans_train.memory.kernels.segment import Launch
 
 
-def launch(seq: Sequence, segment: Segment, coef: Coefficients) -> Launch | None:
+def launch(seq: Sequence, segment: Segment) -> Launch | None:
     """The kernels for a segment; None where plain PyTorch is to do it: unasked for, a single chunk (which may have been
     entered before, or be asked for its anchor), or one of those that the kernels do not take.
     """
@@ -30,7 +29,7 @@ def launch(seq: Sequence, segment: Segment, coef: Coefficients) -> Launch | None
         return None
     from titans_train.memory.kernels.segment import Launch
 
-    return Launch(seq, segment, coef, seq.precision)
+    return Launch.of(seq, segment, seq.precision)
 
 
 def check(kernels: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from titans_train.memory.activation import Gelu
 from titans_train.memory.gates import Coefficients
 from titans_train.memory.kernels.backward import scan_backward
+from titans_train.memory.kernels.coefficients import coefficients, coefficients_backward
 from titans_train.memory.kernels.forward import scan_forward
 from titans_train.memory.walk import Segment, Sequence
 
@@ -31,10 +32,8 @@ class States:
 class SegmentGradients:
     """What the backward of a segment gives beside what it changes in place."""
 
-    weight_rows: Tensor  # of Coefficients.weight_rows
-    last_momentum_row: Tensor
-    gain: Tensor | None  # [rows, 1, D]
-    bias: Tensor | None
+    gates: tuple[Tensor, Tensor | None, Tensor]  # of keep, eta and theta: [rows, chunks, T]
+    norm: list[Tensor | None]  # of gain and bias: [rows, 1, D]
     document: list[Tensor]  # of document weights, then momentum; empty without document starts
 
 
@@ -57,8 +56,15 @@ class Launch:
 
     seq: Sequence
     segment: Segment
+    keep: Tensor  # [rows, chunks, T]
+    eta: Tensor | None
     coef: Coefficients
     precision: str  # of products: ieee, tf32 or tf32x3
+
+    @classmethod
+    def of(cls, seq: Sequence, segment: Segment, precision: str) -> Launch:
+        keep, eta, theta = seq.gates(segment)
+        return cls(seq, segment, keep, eta, coefficients(keep, eta, theta), precision)
 
     def sizes(self, weights: list[Tensor]) -> tuple[int, ...]:
         rows, length, d = self.seq.k.shape
@@ -117,16 +123,14 @@ class Launch:
         working = [seq.k.new_empty(rows, size, width) for _ in range(5)]
         documents = [torch.zeros_like(x) for x in (*seq.document_weights, *seq.document_momentum)]
         depth = len(d_weights)
-        found = SegmentGradients(
-            torch.zeros_like(self.coef.weight_rows), torch.zeros_like(self.last_row()),
-            None if seq.norm is None else torch.zeros_like(seq.norm.gain),
-            None if seq.norm is None else torch.zeros_like(seq.norm.bias), documents,
-        )  # fmt: skip
+        d_rows, d_last = torch.empty_like(self.coef.weight_rows), torch.zeros_like(self.last_row())
+        norm = [None if x is None else torch.zeros_like(x) for x in self.norm()]
         starts, *_ = self.documents()
         scan_backward[(rows,)](
             seq.q, seq.k, seq.v, d_y, self.coef.weight_rows, self.last_row(),
             *_pairs(states.weights, states.momentum), *self.norm(), starts, *_pairs(d_weights, d_momentum),
-            *_pairs(documents[:depth], documents[depth:]), *d_tokens, found.weight_rows, found.last_momentum_row,
-            found.gain, found.bias, *working, *sizes, **self.options(d_weights, d_momentum),
+            *_pairs(documents[:depth], documents[depth:]), *d_tokens, d_rows, d_last, *norm, *working, *sizes,
+            **self.options(d_weights, d_momentum),
         )  # fmt: skip
-        return found
+        gates = coefficients_backward(self.coef, d_rows, d_last, self.keep, self.eta)
+        return SegmentGradients(gates, norm, documents)
