@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.config.samples import load
 from tests.models.shapes import tiny
 from titans_train import plan_counts
+from titans_train.benchmark.counts import baddbmm_flops
 from titans_train.config import ConfigError
 from titans_train.memory import MemoryState, memory_scan
 from titans_train.memory.peers.scan import linear_scan
@@ -76,15 +77,11 @@ def test_each_part_counts_the_parameters_of_its_modules(block: str) -> None:
     assert parts["persistent"] == total("persistent.")
 
 
-def _baddbmm_flops(out: Any, a: Any, b: Any, **_: Any) -> int:
-    return int(2 * a[0] * a[1] * a[2] * b[2])
-
-
 def counted_flops(call: Any) -> int:
     """FLOPs of the matrix products that `call()` runs, as torch counts them, without those of fused attention."""
     aten = torch.ops.aten
     fused = aten._scaled_dot_product_flash_attention_for_cpu  # counted with the masked half, so left out
-    mapping = {aten.baddbmm_: _baddbmm_flops, fused: lambda *shapes, **_: 0}
+    mapping = {aten.baddbmm_: baddbmm_flops, fused: lambda *shapes, **_: 0}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as c:
         call()
     return int(c.get_total_flops())

@@ -16,6 +16,7 @@ NAMES = {
     "layouts": "collectives and peak memory of each layout beside the plan",
     "parity": "gradients and parameters under tensor, sequence and data parallelism and ZeRO against one process",
     "reading": "time per token of reading and generating, state and memory, at contexts of 1K to 256K tokens",
+    "roofline": "FLOPs, bytes and launches of the memory, and the floors that they imply on this device",
     "sequence": "sequence shards: schedules simulated, waits and real work measured, memory, very long sequences",
     "stability": "every block for 300 steps with a row of equal tokens",
 }

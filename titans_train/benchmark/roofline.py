@@ -1,0 +1,203 @@
+"""`benchmark roofline`: the least time that the memory's forward and backward can take, and what bounds it.
+
+For each size of a model, hidden expansion and chunk: FLOPs, bytes and launches per token of the recurrence, of the dual
+form in plain PyTorch (both counted on the meta device, each operator by itself), and of the kernels (by the products
+and passes that kernels/forward.py and kernels/backward.py are written with); and the floors that these imply with this
+device's ceilings, measured here: matmul rate, bandwidth of memory, bandwidth of the cache, time of a launch. None of
+these grows with the length but by the token, so that a length only decides how many rows there are to fill a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titans_train.benchmark.counts import count, operator
+from titans_train.errors import UserError
+from titans_train.outputs import check_file
+from titans_train.shape import TRITON_TAKES
+
+SIZES = {"340M": (16, 64), "760M": (16, 96), "1.3B": (8, 256)}  # heads, width of a head
+EXPANSIONS, CHUNKS, LENGTHS = (2, 4), (16, 64, 256, 1024), (4096, 16384, 65536)
+STORE_EVERY = 16
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Of a device. FLOPs, bytes, bytes and seconds per second and launch."""
+
+    matmul: float
+    memory: float
+    cache: float
+    launch: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Per token and head; launches are of all rows together, so per token of a row."""
+
+    flops: float
+    memory: float  # bytes
+    cache: float  # bytes that stay in the cache while a chunk is worked on
+    launches: float
+
+    def floors(self, heads: int, rows: int, at: Ceilings) -> dict[str, float]:
+        """Seconds per token of `rows` sequences."""
+        return {
+            "matmul": heads * self.flops / at.matmul, "bytes": heads * self.memory / at.memory,
+            "cache": heads * self.cache / at.cache, "launches": self.launches * at.launch / rows,
+        }  # fmt: skip
+
+
+def counted(how: str, d: int, hidden: int, chunk: int) -> Work:
+    """Of a head: segments of STORE_EVERY chunks; the recurrence is the same for every chunk."""
+    length = 64 if how == "recurrence" else chunk * min(STORE_EVERY, max(1, 1024 // chunk))
+    found = count(operator(how, 1, d, hidden, chunk if how == "dual" else 64, length)).per(length)
+    return Work(found.flops, found.bytes, 0.0, found.calls)
+
+
+def of_kernels(d: int, hidden: int, chunk: int, item: int) -> Work:
+    """Depth 2 with momentum, forgetting and norm. item: bytes of a number of the model's dtype; the state's are 4.
+
+    Products: 24 d h forward, 16 to recompute the states, 58 backward, and of T x T matrices. Memory: q, k, v, y, their
+    gradients, the states kept once per segment and those of its chunks, written and read. Cache: the passes over the
+    state (10, 14 and 24 of its d h), the tiles' numbers (15 of T h), the coefficients.
+    """
+    products = 98 * d * hidden + chunk * (16 * hidden + 16 * d)
+    state = 4 * 4 * d * hidden  # W1, W2, S1, S2
+    tokens = item * d * (4 + 2 + 4) + 4 * 3 * d
+    coefficients = 4 * (chunk + 2) * 2 * 3
+    memory = tokens + coefficients + state * (2 / STORE_EVERY + 2) / chunk
+    passes = 4 * d * hidden * (10 + 14 + 24) / chunk
+    return Work(products, memory, passes + 4 * 15 * hidden, 5 / (STORE_EVERY * chunk))
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    """Of one call: of many, without the time of starting them."""
+    for _ in range(3):
+        run()
+    repeats = 20
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repeats
+    started = time.process_time()
+    for _ in range(repeats):
+        run()
+    return (time.process_time() - started) / repeats
+
+
+def measured(device: str) -> Ceilings:
+    """Matmul: of the dtype that products have there (TF32 on a GPU, float32 on a CPU)."""
+    cuda = device == "cuda"
+    n = 8192 if cuda else 1024
+    large, small = (1 << 30, 16 << 20) if cuda else (256 << 20, 1 << 19)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    a, b = (torch.randn(n, n, device=device) for _ in range(2))
+    matmul = 2 * n**3 / _seconds(lambda: a @ b, device)
+
+    def copying(size: int) -> float:
+        source, to = (torch.randn(size // 4, device=device) for _ in range(2))
+        return 2 * size / _seconds(lambda: to.copy_(source), device)
+
+    one = torch.zeros(1, device=device)
+    return Ceilings(matmul, copying(large), copying(small), _seconds(lambda: one.add_(1), device))
+
+
+def rows_of(options: argparse.Namespace, at: Ceilings) -> list[dict[str, Any]]:
+    found = []
+    for size in options.sizes:
+        heads, d = SIZES[size]
+        for expansion in options.expansions:
+            hidden = expansion * d
+            for chunk in options.chunks:
+                kinds = {how: counted(how, d, hidden, chunk) for how in ("recurrence", "dual")}
+                if chunk <= TRITON_TAKES["chunk"] and d <= TRITON_TAKES["width"]:
+                    kinds["kernels"] = of_kernels(d, hidden, chunk, options.item)
+                for how, work in kinds.items():
+                    floors = work.floors(heads, options.rows, at)
+                    bound = max(floors, key=floors.__getitem__)
+                    found.append({
+                        "size": size, "hidden": hidden, "chunk": chunk, "how": how, **asdict(work), "floors": floors,
+                        "bound": bound, "seconds": {str(n): n * options.rows * floors[bound] for n in LENGTHS},
+                    })  # fmt: skip
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    lines = ["| size | hidden | chunk | | MFLOP | KiB, memory | KiB, cache | launches | floor, µs | bound by |"]
+    lines.append("|---" * 10 + "|")
+    for r in found:
+        floor = max(r["floors"].values()) * 1e6
+        lines.append(
+            f"| {r['size']} | {r['hidden']} | {r['chunk']} | {r['how']} | {r['flops'] / 1e6:.2f} | "
+            f"{r['memory'] / 1024:,.1f} | {r['cache'] / 1024:,.1f} | {r['launches']:.3f} | {floor:,.3f} | "
+            f"{r['bound']} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(found: list[dict[str, Any]], at: Ceilings, path: Path) -> None:
+    """FLOPs per byte of memory against the rate that this allows, under the device's roof."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5))
+    edge = at.matmul / at.memory
+    x = [edge / 1000, edge, edge * 1000]
+    axes.plot(x, [min(at.matmul, i * at.memory) / 1e9 for i in x], color="black", label="memory bandwidth, matmul rate")
+    for how, marker in (("recurrence", "s"), ("dual", "o"), ("kernels", "^")):
+        rows = [r for r in found if r["how"] == how]
+        if rows:
+            heads = [SIZES[r["size"]][0] for r in rows]
+            rates = [h * r["flops"] / max(r["floors"].values()) / 1e9 for h, r in zip(heads, rows, strict=True)]
+            axes.scatter([r["flops"] / r["memory"] for r in rows], rates, marker=marker, label=how, alpha=0.7)
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte of memory", ylabel="GFLOP/s at the floor")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m titans_train benchmark roofline", description=__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--expansions", nargs="+", type=int, default=list(EXPANSIONS))
+    parser.add_argument("--chunks", nargs="+", type=int, default=list(CHUNKS))
+    parser.add_argument("--rows", type=int, default=1, help="sequences at a time")
+    parser.add_argument("--item", type=int, default=2, choices=[2, 4], help="bytes of a number of the model's dtype")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--picture", type=Path, help="file for a picture")
+    options = parser.parse_args(argv)
+    for path in (options.json, options.picture):
+        check_file("--json or --picture", path)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no GPU; use cpu, or start on a machine with one")
+    torch.set_num_threads(1)
+    at = measured(options.device)
+    print(f"matmul {at.matmul / 1e9:,.0f} GFLOP/s, memory {at.memory / 1e9:,.1f} GB/s, "
+          f"cache {at.cache / 1e9:,.1f} GB/s, launch {at.launch * 1e6:.1f} µs")  # fmt: skip
+    found = rows_of(options, at)
+    print(table(found))
+    if options.json:
+        name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, one thread"
+        about = {"torch": torch.__version__, "device": name, "rows": options.rows, "ceilings": asdict(at)}
+        options.json.write_text(json.dumps({"about": about, "cases": found}, indent=1) + "\n")
+    if options.picture:
+        draw(found, at, options.picture)
+    return 0
