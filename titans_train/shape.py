@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 KERNEL_WIDTHS = range(16, 257, 2)  # of heads, that flash-linear-attention's kernels take
-TRITON_TAKES = {"depth": 2, "chunk": 64, "width": 128}  # at most, of a memory: its own kernels (memory/kernels)
+# What a memory's own kernels (memory/kernels) take at most. Area: chunk times width of a head; exact chunk: of float32.
+TRITON_TAKES = {"depth": 2, "chunk": 64, "exact chunk": 32, "width": 128, "area": 4096}
 BLOCKS = ("transformer", "lmm", "mac", "mag", "mal")
 BEFORE: dict[str, dict[str, Any]] = {  # what models are that were stored before there was a choice
     "memory": {"rule": "titans", "gate": "both", "forget_to": "zero"}, "attention": {"residual": False},

@@ -251,6 +251,27 @@ CASES = [
         ["memory.peer_kernels=auto"],
     ),
     (
+        ["memory.kernels=triton", "memory.depth=3"],
+        "memory.kernels",
+        "a depth of at most 2; here it is 3",
+        "use auto",
+        ["memory.kernels=auto"],
+    ),
+    (
+        ["memory.kernels=triton", "memory.chunk_size=64", "run.dtype=float32"],
+        "memory.kernels",
+        "chunks in float32 of at most 32",
+        "use auto",
+        ["memory.chunk_size=32"],
+    ),
+    (
+        ["memory.kernels=triton", "memory.forget_to=start"],
+        "memory.kernels",
+        "forget to zero only",
+        "use auto",
+        ["memory.kernels=plain"],
+    ),
+    (
         ["memory.rule=deltanet", "parallel.sequence=2", "parallel.pieces=2"],
         "parallel.pieces",
         "2, but memory.rule is deltanet",

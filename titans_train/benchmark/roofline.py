@@ -123,7 +123,7 @@ def rows_of(options: argparse.Namespace, at: Ceilings) -> list[dict[str, Any]]:
             hidden = expansion * d
             for chunk in options.chunks:
                 kinds = {how: counted(how, d, hidden, chunk) for how in ("recurrence", "dual")}
-                if chunk <= TRITON_TAKES["chunk"] and d <= TRITON_TAKES["width"]:
+                if chunk <= TRITON_TAKES["chunk"] and d <= TRITON_TAKES["width"] and chunk * d <= TRITON_TAKES["area"]:
                     kinds["kernels"] = of_kernels(d, hidden, chunk, options.item)
                 for how, work in kinds.items():
                     floors = work.floors(heads, options.rows, at)

@@ -179,10 +179,12 @@ def kernels(config: RunConfig) -> Iterator[Problem]:
     if config.model.block == "transformer" or memory.rule != "titans" or memory.kernels != "triton":
         return
     width = config.model.width // config.model.heads
+    chunk = "exact chunk" if config.run.dtype == "float32" else "chunk"
     limits = {
         "a depth": (memory.depth, TRITON_TAKES["depth"]),
-        "chunks": (memory.chunk_size, TRITON_TAKES["chunk"]),
+        f"chunks in {config.run.dtype}": (memory.chunk_size, TRITON_TAKES[chunk]),
         "heads": (width, TRITON_TAKES["width"]),
+        "chunks x width of a head": (memory.chunk_size * width, TRITON_TAKES["area"]),
     }
     for what, (given, most) in limits.items():
         if given > most:

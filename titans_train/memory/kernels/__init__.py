@@ -25,8 +25,9 @@ def launch(seq: Sequence, segment: Segment) -> Launch | None:
     size, width = segment.size, seq.k.shape[-1]
     if seq.precision is None or segment.chunks == 1 or seq.base:
         return None
-    if size > TRITON_TAKES["chunk"] or width > TRITON_TAKES["width"]:
-        return None
+    longest = TRITON_TAKES["exact chunk" if seq.precision == "ieee" else "chunk"]
+    if size > longest or width > TRITON_TAKES["width"] or size * width > TRITON_TAKES["area"]:
+        return None  # their tiles need more memory on chip than a GPU has
     from titans_train.memory.kernels.segment import Launch
 
     return Launch.of(seq, segment, seq.precision)

@@ -16,7 +16,7 @@ from titans_train.memory.kernels.coefficients import coefficients, coefficients_
 from titans_train.memory.kernels.forward import scan_forward
 from titans_train.memory.walk import Segment, Sequence
 
-TILE = 64  # of the hidden width
+TILE = 32  # of the hidden width
 LEAST = 16  # tl.dot multiplies no smaller matrices
 
 
@@ -80,7 +80,7 @@ class Launch:
             "BLOCK_T": block(self.segment.size), "BLOCK_D": block(d), "BLOCK_H": min(TILE, block(h)),
             "DEEP": len(weights) == 2, "MOMENTUM": bool(momentum), "NORM": self.seq.norm is not None,
             "GELU": isinstance(self.seq.act, Gelu), "DOCUMENTS": self.seq.starts is not None,
-            "PRECISION": self.precision,
+            "PRECISION": self.precision, "num_warps": 8, "num_stages": 1,
         }  # fmt: skip
 
     def norm(self) -> list[Tensor | None]:
