@@ -36,27 +36,45 @@ def _cases(results: list[Result]) -> int:
     return min(r["figures"]["needles"][0]["cases"] for r in results if r["task"] == "needles")
 
 
-# Two-sided 95 % quantiles of Student's t, by degrees of freedom
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+# Two-sided 95 % quantiles of Student's t, for 1, 2, 3 ... degrees of freedom; beyond them the last
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+def differences(results: list[Result], variant: str, column: str) -> list[float]:
+    """To the reference, seed by seed: runs of one seed read the same text in the same order."""
+    task, figure, _ = COLUMNS[column]
+    ours, reference = (
+        {r["seed"]: figure(r["figures"]) for r in results if r["variant"] == name and r["task"] == task}
+        for name in (variant, REFERENCE)
+    )
+    return [ours[seed] - reference[seed] for seed in sorted(ours.keys() & reference.keys())]
+
+
+def noise(results: list[Result], column: str) -> tuple[float, int]:
+    """Variance of a difference from seed to seed, as one over all variants with several, and its degrees of freedom."""
+    names = {r["variant"] for r in results} - {REFERENCE}
+    groups = [found for name in names if len(found := differences(results, name, column)) > 1]
+    groups = [found for found in groups if all(map(math.isfinite, found))]
+    freedom = sum(len(found) - 1 for found in groups)
+    squares = sum((len(found) - 1) * statistics.variance(found) for found in groups)
+    return squares / max(freedom, 1), freedom
 
 
 def sign(results: list[Result], variant: str, column: str) -> str:
     """+ better than the reference, - worse, = no difference beyond the noise at 95 %, ? no seeds to tell the noise by.
 
-    The noise: the deviation between seeds of both, as one, in a t test; for shares at least a binomial one.
+    A t test of the differences seed by seed; the noise of needles is at least a binomial one.
     """
-    groups = [values(results, name, column) for name in (variant, REFERENCE)]
-    freedom = sum(len(g) - 1 for g in groups)
-    if not all(groups) or freedom not in STUDENT or not all(map(math.isfinite, [*groups[0], *groups[1]])):
+    found, (variance, freedom) = differences(results, variant, column), noise(results, column)
+    if not found or not freedom or not all(map(math.isfinite, found)):
         return "?"
-    ours, reference = map(statistics.mean, groups)
-    variance = sum((len(g) - 1) * statistics.variance(g) for g in groups if len(g) > 1) / freedom
     if COLUMNS[column][0] == "needles":
-        share, cases = statistics.mean([ours, reference]), _cases(results)
-        variance = max(variance, share * (1 - share) / cases)
-    if abs(ours - reference) <= STUDENT[freedom] * math.sqrt(variance * sum(1 / len(g) for g in groups)):
+        share = statistics.mean(statistics.mean(values(results, name, column)) for name in (variant, REFERENCE))
+        variance = max(variance, 2 * share * (1 - share) / _cases(results))
+    mean = statistics.mean(found)
+    if abs(mean) <= STUDENT[min(freedom, len(STUDENT)) - 1] * math.sqrt(variance / len(found)):
         return "="
-    return "+" if (ours > reference) is COLUMNS[column][2] else "-"
+    return "+" if (mean > 0) is COLUMNS[column][2] else "-"
 
 
 def paper_signs(variant: Variant, reference: Variant | None) -> tuple[str, str]:
@@ -67,6 +85,13 @@ def paper_signs(variant: Variant, reference: Variant | None) -> tuple[str, str]:
         return "0", "0"
     better = (variant.paper[0] < reference.paper[0], variant.paper[1] > reference.paper[1])
     return "+" if better[0] else "-", "+" if better[1] else "-"
+
+
+def against(found: list[float]) -> str:
+    """Mean and spread of differences."""
+    if not found:
+        return ""
+    return f"{statistics.mean(found):+.4f}" + (f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else "")
 
 
 def cell(found: list[float], column: str) -> str:
@@ -81,9 +106,14 @@ def cell(found: list[float], column: str) -> str:
 
 
 def table(results: list[Result], variants: list[Variant]) -> str:
-    """Markdown. The signs are against lmm: text loss and needles at 4x, ours and the paper's."""
+    """Markdown. The signs are against lmm: text loss and needles at 4x, ours and the paper's.
+
+    Means of different seeds are no comparison, since each seed reads other text: "to lmm" is seed by seed.
+    """
     columns = [c for c in COLUMNS if any(values(results, v.name, c) for v in variants)]
-    head = ["variant", "parameters", *columns, "ours: text, needles", "paper: perplexity, long"]
+    text = [c for c in columns if COLUMNS[c][0] == "text"]
+    head = ["variant", "parameters", *(f"{c}, to lmm" for c in text), *columns]
+    head += ["ours: text, needles", "paper: perplexity, long"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     tasks = sorted({r["task"] for r in results}) or [""]  # parameters are those of the text, if it is among them
     reference = next((v for v in variants if v.name == REFERENCE), None)
@@ -92,7 +122,8 @@ def table(results: list[Result], variants: list[Variant]) -> str:
         ours = [sign(results, v.name, c) for c in ("text, loss", "needles at 4x")]
         signs = "" if v.name == REFERENCE else ", ".join(ours)
         theirs = ", ".join(filter(None, paper_signs(v, reference)))
-        cells = [cell(values(results, v.name, c), c) for c in columns]
+        cells = ["" if v.name == REFERENCE else against(differences(results, v.name, c)) for c in text]
+        cells += [cell(values(results, v.name, c), c) for c in columns]
         lines.append("| " + " | ".join([v.name, ", ".join(f"{n:,}" for n in sizes), *cells, signs, theirs]) + " |")
     return "\n".join(lines)
 
