@@ -129,7 +129,7 @@ def table(results: list[Result], variants: list[Variant]) -> str:
 
 
 def write_pictures(results: list[Result], variants: list[Variant], folder: Path) -> None:
-    """ablations.png: a bar for each variant and column; needles.png: accuracy over length of each variant."""
+    """ablations.png: a bar for each variant and column, of text the difference; ablations_needles.png: by length."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,16 +140,18 @@ def write_pictures(results: list[Result], variants: list[Variant], folder: Path)
     size = (4.5 * len(shown), 0.28 * len(variants) + 1.5)
     figure, all_axes = pyplot.subplots(1, len(shown), figsize=size, squeeze=False)
     for axes, column in zip(all_axes[0], shown, strict=True):
+        text = COLUMNS[column][0] == "text"
+        of = differences if text else values
         for place, v in enumerate(variants):
-            found = values(results, v.name, column)
+            found = of(results, v.name, column)
             if found:
                 axes.barh(place, statistics.mean(found), color="tab:blue" if v.name != REFERENCE else "tab:orange")
                 axes.plot(found, [place] * len(found), "k.", markersize=4)
         axes.set_yticks(range(len(variants)), [v.name for v in variants] if column == shown[0] else [])
-        axes.invert_yaxis()
-        axes.set_title(column)
-        every = [x for v in variants for x in values(results, v.name, column)]
-        axes.set_xlim((min(every) * 0.98, max(every) * 1.005) if column == "text, loss" else (0, 1))
+        axes.set_ylim(len(variants) - 0.5, -0.5)
+        axes.set_title(f"{column} above that of {REFERENCE}, seed by seed" if text else column)
+        if not text:
+            axes.set_xlim(0, 1)
         axes.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(folder / "ablations.png", dpi=120)
