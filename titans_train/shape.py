@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 KERNEL_WIDTHS = range(16, 257, 2)  # of heads, that flash-linear-attention's kernels take
-# What a memory's own kernels (memory/kernels) take at most. Area: chunk times width of a head; exact chunk: of float32.
-TRITON_TAKES = {"depth": 2, "chunk": 64, "exact chunk": 32, "width": 128, "area": 4096}
 BLOCKS = ("transformer", "lmm", "mac", "mag", "mal")
 BEFORE: dict[str, dict[str, Any]] = {  # what models are that were stored before there was a choice
     "memory": {"rule": "titans", "gate": "both", "forget_to": "zero"}, "attention": {"residual": False},
@@ -74,6 +72,17 @@ class AttentionShape:
     residual: bool  # MAC: what is written is x + attended; False: attended alone
     persistent_tokens: int
     rope_base: float
+
+
+def beyond_kernels(depth: int, chunk: int, width: int, exact: bool) -> list[tuple[str, int, int]]:
+    """What a memory's own kernels (memory/kernels) do not take, as it is and at most: their tiles are to fit on a GPU's
+    chip. width: of a head; exact: they multiply in float32.
+    """
+    limits = [
+        ("a depth", depth, 2), ("chunks in float32" if exact else "chunks", chunk, 32 if exact else 64),
+        ("heads", width, 128), ("chunks x width of a head", chunk * width, 4096),
+    ]  # fmt: skip
+    return [limit for limit in limits if limit[1] > limit[2]]
 
 
 def missing(shape: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Prints, as JSON, how many bytes on chip each kernel takes, compiled for compute capability 9.0 without such a device.
 
-{kernel: bytes}, for the largest chunk and head that shape.TRITON_TAKES allows, depth 2 with all that there is.
+{kernel: bytes}, for the largest chunk and head that shape.beyond_kernels allows, depth 2 with all that there is.
 """
 
 from __future__ import annotations

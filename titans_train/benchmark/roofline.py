@@ -22,7 +22,7 @@ import torch
 from titans_train.benchmark.counts import count, operator
 from titans_train.errors import UserError
 from titans_train.outputs import check_file
-from titans_train.shape import TRITON_TAKES
+from titans_train.shape import beyond_kernels
 
 SIZES = {"340M": (16, 64), "760M": (16, 96), "1.3B": (8, 256)}  # heads, width of a head
 EXPANSIONS, CHUNKS, LENGTHS = (2, 4), (16, 64, 256, 1024), (4096, 16384, 65536)
@@ -123,7 +123,7 @@ def rows_of(options: argparse.Namespace, at: Ceilings) -> list[dict[str, Any]]:
             hidden = expansion * d
             for chunk in options.chunks:
                 kinds = {how: counted(how, d, hidden, chunk) for how in ("recurrence", "dual")}
-                if chunk <= TRITON_TAKES["chunk"] and d <= TRITON_TAKES["width"] and chunk * d <= TRITON_TAKES["area"]:
+                if not beyond_kernels(2, chunk, d, exact=False):
                     kinds["kernels"] = of_kernels(d, hidden, chunk, options.item)
                 for how, work in kinds.items():
                     floors = work.floors(heads, options.rows, at)

@@ -16,7 +16,7 @@ from titans_train.config.errors import Problem, nearest_divisors, nearest_multip
 from titans_train.config.explain import UnknownValueError
 from titans_train.config.schema import Model, RunConfig
 from titans_train.mixing import units
-from titans_train.shape import KERNEL_WIDTHS, TRITON_TAKES
+from titans_train.shape import KERNEL_WIDTHS, beyond_kernels
 
 Check = Callable[[RunConfig], Iterator[Problem]]
 
@@ -179,17 +179,9 @@ def kernels(config: RunConfig) -> Iterator[Problem]:
     if config.model.block == "transformer" or memory.rule != "titans" or memory.kernels != "triton":
         return
     width = config.model.width // config.model.heads
-    chunk = "exact chunk" if config.run.dtype == "float32" else "chunk"
-    limits = {
-        "a depth": (memory.depth, TRITON_TAKES["depth"]),
-        f"chunks in {config.run.dtype}": (memory.chunk_size, TRITON_TAKES[chunk]),
-        "heads": (width, TRITON_TAKES["width"]),
-        "chunks x width of a head": (memory.chunk_size * width, TRITON_TAKES["area"]),
-    }
-    for what, (given, most) in limits.items():
-        if given > most:
-            message = f"triton, whose kernels take {what} of at most {most}; here it is {given}"
-            yield Problem("memory.kernels", message, "use auto or plain")
+    for what, given, most in beyond_kernels(memory.depth, memory.chunk_size, width, config.run.dtype == "float32"):
+        message = f"triton, whose kernels take {what} of at most {most}; here it is {given}"
+        yield Problem("memory.kernels", message, "use auto or plain")
     if memory.forget_to == "start":
         yield Problem("memory.kernels", "triton, whose kernels forget to zero only", "use auto or plain")
 

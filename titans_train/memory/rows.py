@@ -90,7 +90,7 @@ def forward_rows(
     walk = Walk(seq, rows.weights, rows.momentum, rows.anchor or None).copied()
     for segment in grid:
         stored += sum(walk.copy(), [])
-        if surprises is None and (kernel := launch(seq, segment)) is not None:
+        if surprises is None and (kernel := launch(seq, segment, len(rows.weights))) is not None:
             kernel.forward(walk.weights, walk.momentum, y)
         else:
             walk.outputs(segment, coefficients(*seq.gates(segment)), y, surprises)
@@ -142,7 +142,7 @@ class RowsBackward:
         segment, seq = self.grid[index], self.seq
         depth = len(self.rows.weights)
         weights, momentum = self.stored[index][:depth], self.stored[index][depth:]
-        if (kernel := launch(seq, segment)) is not None:
+        if (kernel := launch(seq, segment, depth)) is not None:
             d_keep, d_eta, d_theta = self._by_kernel(kernel, weights, momentum)
         else:
             keep, eta, theta = seq.gates(segment)

@@ -17,7 +17,6 @@ from titans_train.memory.recurrence import memory_mlp
 from titans_train.memory.rows import RowGradients, Rows, RowsBackward, State, forward_rows
 from titans_train.memory.state import MemoryState, Weights
 from titans_train.memory.walk import Segment, Sequence, chunk_grid
-from titans_train.shape import TRITON_TAKES
 
 memory_read = memory_mlp  # reading alone, M_W(q): nothing is written
 
@@ -198,7 +197,7 @@ def memory_scan(
     state, document_state = above(state, base, -1), document_state and above(document_state, base, -1)
     spec = Spec(
         chunk_grid(length, chunk_size, state.offset, store_every), activation, len(state.weights), eta is not None,
-        state.offset > 0, offset > 0, document_starts, base is not None, surprises, _precision(kernels, q, state),
+        state.offset > 0, offset > 0, document_starts, base is not None, surprises, _precision(kernels, q.dtype),
     )  # fmt: skip
     tensors: list[Tensor | None] = [q, k, v, alpha, eta, theta, gain, bias]
     for source in (state, document_state if document_starts is not None else None):
@@ -216,11 +215,11 @@ def memory_scan(
     return outputs[0].to(q.dtype), above(after, base, 1)
 
 
-def _precision(kernels: str, q: Tensor, state: MemoryState) -> str | None:
+def _precision(kernels: str, dtype: torch.dtype) -> str | None:
     """Of products: 16-bit inputs and outputs are rounded more coarsely than TF32 rounds."""
-    if kernels != "triton" or len(state.weights) > TRITON_TAKES["depth"]:
+    if kernels != "triton":
         return None
-    return "tf32" if q.dtype.itemsize == 2 else "ieee"
+    return "tf32" if dtype.itemsize == 2 else "ieee"
 
 
 def above(state: MemoryState, base: Weights | None, sign: int) -> MemoryState:

@@ -27,8 +27,12 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], float], bool]] = {
 
 def values(results: list[Result], variant: str, column: str) -> list[float]:
     """Of the seeds."""
+    return list(by_seed(results, variant, column).values())
+
+
+def by_seed(results: list[Result], variant: str, column: str) -> dict[int, float]:
     task, figure, _ = COLUMNS[column]
-    return [figure(r["figures"]) for r in results if r["variant"] == variant and r["task"] == task]
+    return {r["seed"]: figure(r["figures"]) for r in results if r["variant"] == variant and r["task"] == task}
 
 
 def _cases(results: list[Result]) -> int:
@@ -42,11 +46,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 
 def differences(results: list[Result], variant: str, column: str) -> list[float]:
     """To the reference, seed by seed: runs of one seed read the same text in the same order."""
-    task, figure, _ = COLUMNS[column]
-    ours, reference = (
-        {r["seed"]: figure(r["figures"]) for r in results if r["variant"] == name and r["task"] == task}
-        for name in (variant, REFERENCE)
-    )
+    ours, reference = (by_seed(results, name, column) for name in (variant, REFERENCE))
     return [ours[seed] - reference[seed] for seed in sorted(ours.keys() & reference.keys())]
 
 

@@ -12,22 +12,20 @@ import torch
 
 from titans_train.errors import UserError
 from titans_train.memory.walk import Segment, Sequence
-from titans_train.shape import TRITON_TAKES
+from titans_train.shape import beyond_kernels
 
 if TYPE_CHECKING:
     from titans_train.memory.kernels.segment import Launch
 
 
-def launch(seq: Sequence, segment: Segment) -> Launch | None:
+def launch(seq: Sequence, segment: Segment, depth: int) -> Launch | None:
     """The kernels for a segment; None where plain PyTorch is to do it: unasked for, a single chunk (which may have been
     entered before, or be asked for its anchor), or one of those that the kernels do not take.
     """
-    size, width = segment.size, seq.k.shape[-1]
     if seq.precision is None or segment.chunks == 1 or seq.base:
         return None
-    longest = TRITON_TAKES["exact chunk" if seq.precision == "ieee" else "chunk"]
-    if size > longest or width > TRITON_TAKES["width"] or size * width > TRITON_TAKES["area"]:
-        return None  # their tiles need more memory on chip than a GPU has
+    if beyond_kernels(depth, segment.size, seq.k.shape[-1], seq.precision == "ieee"):
+        return None
     from titans_train.memory.kernels.segment import Launch
 
     return Launch.of(seq, segment, seq.precision)

@@ -17,11 +17,13 @@ import triton.language as tl
 from titans_train.memory.kernels.tiles import (
     curvature,
     dot,
+    end_coefficients,
     load_rows,
     move,
     normalised,
     pull,
     pull_backward,
+    rows_of_coefficients,
     slope,
     value,
 )
@@ -81,15 +83,10 @@ def scan_backward(
         tl.debug_barrier()
 
         # The read again
-        by_row = weight_rows + (t.to(tl.int64) * rows + row) * chunks * (T + 2) + chunk * (T + 2)
-        coefficients = tl.load(by_row[:, None] + 2 + t[None, :], mask=square, other=0.0)
-        decay = tl.load(by_row, mask=t < T, other=0.0)[:, None]
-        carry = tl.load(by_row + 1, mask=t < T, other=0.0)[:, None]
-        end = weight_rows + ((T - 1) * rows + row) * chunks * (T + 2) + chunk * (T + 2)
-        end_decay, end_carry = tl.load(end), tl.load(end + 1)
-        end_writes = tl.load(end + 2 + t, mask=t < T, other=0.0)[:, None]
-        last = last_row + (row * chunks + chunk) * (T + 2)
-        end_momentum, end_momentum_writes = tl.load(last + 1), tl.load(last + 2 + t, mask=t < T, other=0.0)[:, None]
+        coefficients, decay, carry = rows_of_coefficients(weight_rows, row, chunk, rows, chunks, T, t)
+        end_decay, end_carry, end_writes, end_momentum, end_momentum_writes = end_coefficients(
+            weight_rows, last_row, row, chunk, rows, chunks, T, t
+        )
         queries = load_rows(q, at, inside, dtype)
         pairs = dot(queries, tl.trans(keys), PRECISION)
         scores = tl.zeros([BLOCK_T, BLOCK_T], dtype)

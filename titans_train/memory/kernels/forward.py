@@ -14,7 +14,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from titans_train.memory.kernels.tiles import copy, dot, load_rows, normalised, pull, slope, value
+from titans_train.memory.kernels.tiles import (
+    copy,
+    dot,
+    end_coefficients,
+    load_rows,
+    normalised,
+    pull,
+    rows_of_coefficients,
+    slope,
+    value,
+)
 
 
 @triton.jit
@@ -33,7 +43,6 @@ def scan_forward(
     columns = (i < D)[None, :]
     real = (t < T)[:, None]
     inside = real & columns
-    square = real & (t < T)[None, :]
     if NORM:
         gains = tl.load(gain + row * D + i, mask=i < D, other=0.0)[None, :]
         biases = tl.load(bias + row * D + i, mask=i < D, other=0.0)[None, :]
@@ -73,15 +82,10 @@ def scan_forward(
             delta = tl.where(real, pull(gains * error, x_hat, rstd, columns, D), 0)
 
         # The rest by tiles: the read, layer by layer, and the state after the chunk
-        by_row = weight_rows + (t.to(tl.int64) * rows + row) * chunks * (T + 2) + chunk * (T + 2)
-        coefficients = tl.load(by_row[:, None] + 2 + t[None, :], mask=square, other=0.0)
-        decay = tl.load(by_row, mask=t < T, other=0.0)[:, None]
-        carry = tl.load(by_row + 1, mask=t < T, other=0.0)[:, None]
-        end = weight_rows + ((T - 1) * rows + row) * chunks * (T + 2) + chunk * (T + 2)
-        end_decay, end_carry = tl.load(end), tl.load(end + 1)
-        end_writes = tl.load(end + 2 + t, mask=t < T, other=0.0)[:, None]
-        last = last_row + (row * chunks + chunk) * (T + 2)
-        end_momentum, end_momentum_writes = tl.load(last + 1), tl.load(last + 2 + t, mask=t < T, other=0.0)[:, None]
+        coefficients, decay, carry = rows_of_coefficients(weight_rows, row, chunk, rows, chunks, T, t)
+        end_decay, end_carry, end_writes, end_momentum, end_momentum_writes = end_coefficients(
+            weight_rows, last_row, row, chunk, rows, chunks, T, t
+        )
         queries = load_rows(q, at, inside, dtype)
         masked = dot(queries, tl.trans(keys), PRECISION) * coefficients
         scores = tl.zeros([BLOCK_T, BLOCK_T], dtype)

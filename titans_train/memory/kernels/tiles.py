@@ -76,6 +76,26 @@ def load_rows(pointer, at, inside, dtype):
 
 
 @triton.jit
+def rows_of_coefficients(weight_rows, row, chunk, rows, chunks, T, t):
+    """Of a chunk's tokens: C [T, T], A and B [T, 1] (gates.ChunkCoefficients)."""
+    at = weight_rows + (t.to(tl.int64) * rows + row) * chunks * (T + 2) + chunk * (T + 2)
+    square = (t < T)[:, None] & (t < T)[None, :]
+    writes = tl.load(at[:, None] + 2 + t[None, :], mask=square, other=0.0)
+    decay = tl.load(at, mask=t < T, other=0.0)[:, None]
+    return writes, decay, tl.load(at + 1, mask=t < T, other=0.0)[:, None]
+
+
+@triton.jit
+def end_coefficients(weight_rows, last_row, row, chunk, rows, chunks, T, t):
+    """Of its end: A_b, B_b, C[b] [T, 1], E_b, F[b] [T, 1]."""
+    end = weight_rows + ((T - 1) * rows + row) * chunks * (T + 2) + chunk * (T + 2)
+    last = last_row + (row * chunks + chunk) * (T + 2)
+    writes = tl.load(end + 2 + t, mask=t < T, other=0.0)[:, None]
+    momentum_writes = tl.load(last + 2 + t, mask=t < T, other=0.0)[:, None]
+    return tl.load(end), tl.load(end + 1), writes, tl.load(last + 1), momentum_writes
+
+
+@triton.jit
 def copy(to, source, size, BLOCK: tl.constexpr):
     """source[:size] into to."""
     for first in range(0, size, BLOCK):
