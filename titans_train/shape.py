@@ -61,7 +61,7 @@ class MemoryShape:
     momentum_bias: float
     theta_bias: float
     store_every: int  # the backward keeps the state of every k-th chunk (no effect on results)
-    kernels: str = "auto"  # "auto", "plain" or "triton": how the Titans rule is computed; not stored
+    kernels: str = "auto"  # "auto", "plain", "compiled" or "triton": how the Titans rule is computed; not stored
     peer_kernels: str = "auto"  # "auto", "plain" or "fla": how a peer's is; not stored
 
 

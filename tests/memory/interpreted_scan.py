@@ -31,14 +31,14 @@ def results(case: Case, dtype: torch.dtype, kernels: str) -> dict[str, torch.Ten
 
 def main() -> None:
     launches = 0
-    forward = Launch.forward
+    forward = Launch._forward
 
     def counted(*args: object, **options: object) -> object:
         nonlocal launches
         launches += 1
         return forward(*args, **options)  # type: ignore[arg-type]
 
-    Launch.forward = counted  # type: ignore[method-assign, assignment]
+    Launch._forward = counted  # type: ignore[method-assign, assignment]
     torch.set_num_threads(1)
     found: dict[str, dict[str, object]] = {}
     for name, case in CASES.items():

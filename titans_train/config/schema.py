@@ -66,8 +66,8 @@ class Memory(Section):
     momentum_bias: float = Field(default=0.0, ge=-30, le=30)
     theta_bias: float = Field(default=0.0, ge=-30, le=30)
     store_every: int | None = Field(default=None, ge=1, description="backward keeps every k-th state; null: chosen")
-    kernels: Literal["auto", "plain", "triton"] = Field(
-        default="auto", description="* how the scan runs; auto: plain PyTorch, till triton is measured on a GPU"
+    kernels: Literal["auto", "plain", "compiled", "triton"] = Field(
+        default="auto", description="* how the scan runs; auto: compiled C++ on a CPU, plain PyTorch on a GPU"
     )
     peer_kernels: Literal["auto", "plain", "fla"] = Field(
         default="auto", description="* how others' rules run; auto: flash-linear-attention for bfloat16 on a GPU"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,7 @@ from titans_train.memory.chunk import Adjoints
 from titans_train.memory.chunk_backward import chunk_backward
 from titans_train.memory.gates import Coefficients, coefficients, coefficients_backward
 from titans_train.memory.kernels import launch
-from titans_train.memory.walk import Segment, Sequence, Walk
-
-if TYPE_CHECKING:
-    from titans_train.memory.kernels.segment import Launch
+from titans_train.memory.walk import Segment, Sequence, SequenceGradients, Walk
 
 State = tuple[list[Tensor], list[Tensor], list[Tensor]]  # weights, momentum, and the anchor of a chunk not yet full
 
@@ -90,7 +87,8 @@ def forward_rows(
     walk = Walk(seq, rows.weights, rows.momentum, rows.anchor or None).copied()
     for segment in grid:
         stored += sum(walk.copy(), [])
-        if surprises is None and (kernel := launch(seq, segment, len(rows.weights))) is not None:
+        kernel = None if surprises is not None else launch(seq, segment, len(rows.weights))
+        if kernel is not None:
             kernel.forward(walk.weights, walk.momentum, y)
         else:
             walk.outputs(segment, coefficients(*seq.gates(segment)), y, surprises)
@@ -114,22 +112,17 @@ class RowsBackward:
         self.stored = [stored[i * each : (i + 1) * each] for i in range(len(grid))]
         self.adj: Adjoints | None = None
         self.d_end_anchor: list[Tensor] = []
-        self.d_q, self.d_k, self.d_v = (torch.empty_like(x) for x in (seq.q, seq.k, seq.v))
-        self.d_keep, self.d_theta = torch.empty_like(seq.keep), torch.empty_like(seq.theta)
-        self.d_eta = None if seq.eta is None else torch.empty_like(seq.eta)
-        self.d_gain: Tensor | None = None if seq.norm is None else torch.zeros_like(seq.norm.gain)
-        self.d_bias: Tensor | None = None if seq.norm is None else torch.zeros_like(seq.norm.bias)
-        self.d_document = [torch.zeros_like(x) for x in (*seq.document_weights, *seq.document_momentum)]
+        self.found = SequenceGradients.of(seq)
         self.d_entered: list[Tensor] = []
 
     def gradients(self) -> RowGradients:
         for index in range(len(self.grid) - 1, -1, -1):
             self._segment(index)
         assert self.adj is not None
-        tokens = [self.d_q, self.d_k, self.d_v, self.d_keep, self.d_eta, self.d_theta]
-        adj = self.adj
+        adj, of = self.adj, self.found
+        tokens = [of.q, of.k, of.v, of.keep, of.eta, of.theta]
         return RowGradients(
-            tokens, [self.d_gain, self.d_bias], adj.weights, adj.momentum, self.d_entered, self.d_document, adj.base
+            tokens, [of.gain, of.bias], adj.weights, adj.momentum, self.d_entered, of.document, adj.base
         )
 
     def _adjoints(self) -> Adjoints:
@@ -143,37 +136,18 @@ class RowsBackward:
         depth = len(self.rows.weights)
         weights, momentum = self.stored[index][:depth], self.stored[index][depth:]
         if (kernel := launch(seq, segment, depth)) is not None:
-            d_keep, d_eta, d_theta = self._by_kernel(kernel, weights, momentum)
-        else:
-            keep, eta, theta = seq.gates(segment)
-            coef = coefficients(keep, eta, theta)
-            d_keep, d_eta, d_theta = coefficients_backward(
-                coef, *self._by_chunks(index, coef, weights, momentum), keep, eta
-            )
-        whole = slice(segment.start, segment.stop)
-        self.d_keep[:, whole], self.d_theta[:, whole] = d_keep.flatten(1), d_theta.flatten(1)
-        if self.d_eta is not None and d_eta is not None:
-            self.d_eta[:, whole] = d_eta.flatten(1)
-
-    def _by_kernel(
-        self, kernel: Launch, weights: list[Tensor], momentum: list[Tensor]
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Gradients of keep, eta and theta, and what they come with."""
-        walk = Walk(self.seq, weights, momentum, None).copied()
-        states = kernel.forward(walk.weights, walk.momentum, keep=True)
-        adj = self._adjoints()
-        found = kernel.backward(states, self.d_y, adj.weights, adj.momentum, [self.d_q, self.d_k, self.d_v])
-        totals = (self.d_gain, self.d_bias, *self.d_document)
-        for total, part in zip(totals, (*found.norm, *found.document), strict=True):
-            if total is not None and part is not None:
-                total += part
-        return found.gates
+            kernel.backward(weights, momentum, self.d_y, self._adjoints, self.found)
+            return
+        keep, eta, theta = seq.gates(segment)
+        coef = coefficients(keep, eta, theta)
+        d_rows = self._by_chunks(index, coef, weights, momentum)
+        self.found.fill_gates(segment, *coefficients_backward(coef, *d_rows, keep, eta))
 
     def _by_chunks(
         self, index: int, coef: Coefficients, weights: list[Tensor], momentum: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the coefficients, and what they come with, chunk by chunk."""
-        segment, seq = self.grid[index], self.seq
+        segment, seq, found = self.grid[index], self.seq, self.found
         anchor = (self.rows.anchor or None) if index == 0 else None
         states = Walk(seq, weights, momentum, anchor).copied().states(segment, coef)
         d_rows = torch.zeros_like(coef.weight_rows)
@@ -195,12 +169,13 @@ class RowsBackward:
                     for d_part, d_anchor in zip(total, adj.anchor, strict=True):
                         d_part += d_anchor
                 adj.anchor = adj.weights
-            self.d_q[:, run.span], self.d_k[:, run.span], self.d_v[:, run.span] = gradients.q, gradients.k, gradients.v
+            for total, part in zip((found.q, found.k, found.v), (gradients.q, gradients.k, gradients.v), strict=True):
+                total[:, run.span] = part
             d_rows[:, :, j], d_last[:, j] = gradients.weight_rows.transpose(0, 1), gradients.last_momentum_row
-            if self.d_gain is not None and self.d_bias is not None:
+            if found.gain is not None and found.bias is not None:
                 assert gradients.gain is not None and gradients.bias is not None
-                self.d_gain += gradients.gain.sum(1, keepdim=True)
-                self.d_bias += gradients.bias.sum(1, keepdim=True)
+                found.gain += gradients.gain.sum(1, keepdim=True)
+                found.bias += gradients.bias.sum(1, keepdim=True)
             if run.document_rows is not None:
                 self._document(run.document_rows, adj)
         if anchor is not None:
@@ -209,6 +184,6 @@ class RowsBackward:
 
     def _document(self, starting: Tensor, adj: Adjoints) -> None:
         """A document's first chunk took the document state: its adjoint goes there, none goes further back."""
-        for total, adjoint in zip(self.d_document, (*adj.weights, *adj.momentum), strict=True):
+        for total, adjoint in zip(self.found.document, (*adj.weights, *adj.momentum), strict=True):
             total += torch.where(starting, adjoint, 0)
             adjoint.masked_fill_(starting, 0)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from titans_train.memory.activation import ACTIVATIONS
 from titans_train.memory.chunk import Norm
+from titans_train.memory.kernels import Chosen, choose
 from titans_train.memory.recurrence import memory_mlp
 from titans_train.memory.rows import RowGradients, Rows, RowsBackward, State, forward_rows
 from titans_train.memory.state import MemoryState, Weights
@@ -34,7 +35,7 @@ class Spec:
     starts: Tensor | None  # [batch, L] bool
     has_base: bool
     surprises: list[Tensor] | None
-    precision: str | None  # of the kernels' products; None: plain PyTorch
+    kernels: Chosen | None  # who does whole chunks; None: plain PyTorch
 
     def layers(self) -> list[int]:
         """Lengths of the lists in the Function's state arguments: W, S, anchor, document W, document S, base."""
@@ -81,7 +82,7 @@ class Call:
         eta = None if eta is None else _flat(eta)
         act = ACTIVATIONS[spec.activation]
         seq = Sequence(
-            _flat(q), _flat(k), _flat(v), keep, eta, _flat(theta), act, norm, starts, w, s, base, spec.precision
+            _flat(q), _flat(k), _flat(v), keep, eta, _flat(theta), act, norm, starts, w, s, base, spec.kernels
         )
         return Rows(seq, weights, momentum, anchor)
 
@@ -181,7 +182,7 @@ def memory_scan(
     base: weights, batch 1, that forgetting leads to; None: to zero, as in the paper.
     store_every: the backward keeps the state of every k-th chunk; changes speed and memory, not results.
     surprises: a list that receives [rows, tokens] norms of the inner gradients, by chunks and groups of rows.
-    kernels: "triton": segments of whole chunks by the kernels of kernels/, which take no base; else plain PyTorch.
+    kernels: who does whole chunks, which has no base: plain (PyTorch), compiled, triton, or auto (kernels/choose).
     run: another way to scan (over parts of a sequence on several devices).
 
     Returns y [batch, heads, length, d] in q's dtype, and the state after the last token. Arithmetic and
@@ -197,7 +198,7 @@ def memory_scan(
     state, document_state = above(state, base, -1), document_state and above(document_state, base, -1)
     spec = Spec(
         chunk_grid(length, chunk_size, state.offset, store_every), activation, len(state.weights), eta is not None,
-        state.offset > 0, offset > 0, document_starts, base is not None, surprises, _precision(kernels, q.dtype),
+        state.offset > 0, offset > 0, document_starts, base is not None, surprises, choose(kernels, q.device, q.dtype),
     )  # fmt: skip
     tensors: list[Tensor | None] = [q, k, v, alpha, eta, theta, gain, bias]
     for source in (state, document_state if document_starts is not None else None):
@@ -213,13 +214,6 @@ def memory_scan(
     )
     after = MemoryState(tuple(weights), tuple(momentum), tuple(anchor) or None, offset)
     return outputs[0].to(q.dtype), above(after, base, 1)
-
-
-def _precision(kernels: str, dtype: torch.dtype) -> str | None:
-    """Of products: 16-bit inputs and outputs are rounded more coarsely than TF32 rounds."""
-    if kernels != "triton":
-        return None
-    return "tf32" if dtype.itemsize == 2 else "ieee"
 
 
 def above(state: MemoryState, base: Weights | None, sign: int) -> MemoryState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from titans_train.memory.activation import Activation
 from titans_train.memory.chunk import Norm, Saved, chunk_read, chunk_update_, inner_gradients
 from titans_train.memory.gates import ChunkCoefficients, Coefficients
+
+if TYPE_CHECKING:
+    from titans_train.memory.kernels import Chosen
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Segment:
     start: int
     chunks: int
     size: int
+    whole: bool = False  # they are full, and begin here
 
     @property
     def stop(self) -> int:
@@ -36,7 +41,7 @@ def chunk_grid(length: int, chunk_size: int, offset: int, store_every: int) -> l
         grid.append(Segment(0, 1, start))
     while length - start >= chunk_size:
         count = min(store_every, (length - start) // chunk_size)
-        grid.append(Segment(start, count, chunk_size))
+        grid.append(Segment(start, count, chunk_size, whole=True))
         start = grid[-1].stop
     if start < length:
         grid.append(Segment(start, 1, length - start))
@@ -59,7 +64,7 @@ class Sequence:
     document_weights: list[Tensor]  # [n, d_in, d_out]; empty without document starts
     document_momentum: list[Tensor]
     base: list[Tensor]  # of all weights above it; empty: zero
-    precision: str | None = None  # of the kernels' products; None: no kernels
+    kernels: Chosen | None = None  # who does whole chunks; None: plain PyTorch
 
     def part(self, rows: slice) -> Sequence:
         """Some of the rows."""
@@ -71,7 +76,7 @@ class Sequence:
         return Sequence(
             self.q[rows], self.k[rows], self.v[rows], self.keep[rows], cut(self.eta), self.theta[rows], self.act, norm,
             cut(self.starts), [w[rows] for w in self.document_weights], [s[rows] for s in self.document_momentum],
-            [w[rows] for w in self.base], self.precision,
+            [w[rows] for w in self.base], self.kernels,
         )  # fmt: skip
 
     def gates(self, segment: Segment) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -90,6 +95,36 @@ class Sequence:
         if rows.device.type == "cpu" and not bool(rows.any()):
             return None
         return rows[:, None, None]
+
+
+@dataclass
+class SequenceGradients:
+    """Of a `Sequence`, in its shapes. What belongs to tokens is filled segment by segment, the rest is added to."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    keep: Tensor
+    eta: Tensor | None
+    theta: Tensor
+    gain: Tensor | None
+    bias: Tensor | None
+    document: list[Tensor]  # of document weights, then momentum
+
+    @classmethod
+    def of(cls, seq: Sequence) -> SequenceGradients:
+        q, k, v, keep, theta = (torch.empty_like(x) for x in (seq.q, seq.k, seq.v, seq.keep, seq.theta))
+        eta = None if seq.eta is None else torch.empty_like(seq.eta)
+        norm = [None, None] if seq.norm is None else [torch.zeros_like(x) for x in (seq.norm.gain, seq.norm.bias)]
+        document = [torch.zeros_like(x) for x in (*seq.document_weights, *seq.document_momentum)]
+        return cls(q, k, v, keep, eta, theta, *norm, document)
+
+    def fill_gates(self, segment: Segment, keep: Tensor, eta: Tensor | None, theta: Tensor) -> None:
+        """Each [n, chunks, size]."""
+        whole = slice(segment.start, segment.stop)
+        self.keep[:, whole], self.theta[:, whole] = keep.flatten(1), theta.flatten(1)
+        if self.eta is not None and eta is not None:
+            self.eta[:, whole] = eta.flatten(1)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ import triton
 from torch import Tensor
 
 from titans_train.memory.activation import Gelu
+from titans_train.memory.chunk import Adjoints
 from titans_train.memory.gates import Coefficients
 from titans_train.memory.kernels.backward import scan_backward
 from titans_train.memory.kernels.coefficients import coefficients, coefficients_backward
 from titans_train.memory.kernels.forward import scan_forward
-from titans_train.memory.walk import Segment, Sequence
+from titans_train.memory.walk import Segment, Sequence, SequenceGradients
 
 TILE = 32  # of the hidden width
 LEAST = 16  # tl.dot multiplies no smaller matrices
@@ -26,15 +28,6 @@ class States:
 
     weights: list[Tensor]
     momentum: list[Tensor]
-
-
-@dataclass
-class SegmentGradients:
-    """What the backward of a segment gives beside what it changes in place."""
-
-    gates: tuple[Tensor, Tensor | None, Tensor]  # of keep, eta and theta: [rows, chunks, T]
-    norm: list[Tensor | None]  # of gain and bias: [rows, 1, D]
-    document: list[Tensor]  # of document weights, then momentum; empty without document starts
 
 
 def _layers(tensors: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
@@ -96,10 +89,11 @@ class Launch:
     def last_row(self) -> Tensor:
         return self.coef.momentum_rows[-1]
 
-    def forward(
-        self, weights: list[Tensor], momentum: list[Tensor], y: Tensor | None = None, keep: bool = False
-    ) -> States:
-        """Moves the state over the segment, in place. y [rows, L, D] is filled there; keep: states before chunks."""
+    def forward(self, weights: list[Tensor], momentum: list[Tensor], y: Tensor) -> None:
+        self._forward(weights, momentum, y, keep=False)
+
+    def _forward(self, weights: list[Tensor], momentum: list[Tensor], y: Tensor | None, keep: bool) -> States:
+        """y None: only moves the state; keep: gives the states before chunks."""
         states = States([], [])
         if keep:
             n, chunks = weights[0].shape[0], self.segment.chunks
@@ -113,11 +107,16 @@ class Launch:
         return states
 
     def backward(
-        self, states: States, d_y: Tensor, d_weights: list[Tensor], d_momentum: list[Tensor], d_tokens: list[Tensor]
-    ) -> SegmentGradients:
-        """d_weights, d_momentum: adjoints of the state after the segment, moved to before it. d_tokens: of q, k, v
-        [rows, L, D], filled there.
-        """
+        self,
+        weights: list[Tensor],
+        momentum: list[Tensor],
+        d_y: Tensor,
+        adjoints: Callable[[], Adjoints],
+        found: SequenceGradients,
+    ) -> None:
+        states = self._forward([w.clone() for w in weights], [s.clone() for s in momentum], None, keep=True)
+        adj = adjoints()
+        d_weights, d_momentum = adj.weights, adj.momentum
         seq, sizes = self.seq, self.sizes(d_weights)
         rows, size, width = seq.k.shape[0], self.segment.size, sizes[-1]
         working = [seq.k.new_empty(rows, size, width) for _ in range(5)]
@@ -129,8 +128,10 @@ class Launch:
         scan_backward[(rows,)](
             seq.q, seq.k, seq.v, d_y, self.coef.weight_rows, self.last_row(),
             *_pairs(states.weights, states.momentum), *self.norm(), starts, *_pairs(d_weights, d_momentum),
-            *_pairs(documents[:depth], documents[depth:]), *d_tokens, d_rows, d_last, *norm, *working, *sizes,
+            *_pairs(documents[:depth], documents[depth:]), found.q, found.k, found.v, d_rows, d_last, *norm, *working, *sizes,
             **self.options(d_weights, d_momentum),
         )  # fmt: skip
-        gates = coefficients_backward(self.coef, d_rows, d_last, self.keep, self.eta)
-        return SegmentGradients(gates, norm, documents)
+        found.fill_gates(self.segment, *coefficients_backward(self.coef, d_rows, d_last, self.keep, self.eta))
+        for total, part in zip((found.gain, found.bias, *found.document), (*norm, *documents), strict=True):
+            if total is not None and part is not None:
+                total += part

@@ -1,0 +1,196 @@
+// One chunk of one row (a head of a sequence), forward: ../../chunk.py, with the same names. T tokens; d width of a
+// head; layer l maps sizes[l] to sizes[l + 1]. Gates scale the narrower side of a product.
+#pragma once
+
+#include "coefficients.h"
+
+namespace titans {
+
+template <class T>
+struct Options {
+    std::vector<int> sizes;  // d, hidden ..., d
+    bool momentum, norm;
+    double eps;  // of the norm
+
+    int depth() const { return static_cast<int>(sizes.size()) - 1; }
+    bool narrow_in(int l) const { return sizes[l] <= sizes[l + 1]; }
+    int64_t weights() const {
+        int64_t sum = 0;
+        for (int l = 0; l < depth(); l++) sum += static_cast<int64_t>(sizes[l]) * sizes[l + 1];
+        return sum;
+    }
+};
+
+template <class T>
+struct State {
+    Matrices<T> w, s;
+
+    State() = default;
+    State(Arena<T>& arena, const Options<T>& o) {
+        for (int l = 0; l < o.depth(); l++) {
+            w.push_back(arena.matrix(o.sizes[l], o.sizes[l + 1]));
+            if (o.momentum) s.push_back(arena.matrix(o.sizes[l], o.sizes[l + 1]));
+        }
+    }
+    void take(const State& other) const {
+        for (size_t l = 0; l < w.size(); l++) std::copy(other.w[l].at, other.w[l].at + w[l].size(), w[l].at);
+        for (size_t l = 0; l < s.size(); l++) std::copy(other.s[l].at, other.s[l].at + s[l].size(), s[l].at);
+    }
+};
+
+template <class T>
+struct Norm {
+    const T *gain, *bias;  // [d]
+};
+
+// What the inner gradients of a chunk are made of, for its update, its read and its backward.
+template <class T>
+struct Inner {
+    Matrices<T> x, pre, slope, back, delta;  // X, Z, f'(Z), G and D; x[0] is k
+    Matrix<T> error, value, rstd;            // with a norm: M(k) - v and the norm of the last layer's output
+
+    Inner(Arena<T>& arena, const Options<T>& o, int tokens) {
+        x.emplace_back();
+        for (int l = 0; l < o.depth(); l++) {
+            delta.push_back(arena.matrix(tokens, o.sizes[l + 1]));
+            if (l + 1 == o.depth()) break;
+            x.push_back(arena.matrix(tokens, o.sizes[l + 1]));
+            pre.push_back(arena.matrix(tokens, o.sizes[l + 1]));
+            slope.push_back(arena.matrix(tokens, o.sizes[l + 1]));
+            back.push_back(arena.matrix(tokens, o.sizes[l + 1]));
+        }
+        if (!o.norm) return;
+        error = arena.matrix(tokens, o.sizes[0]);
+        value = arena.matrix(tokens, o.sizes[0]);
+        rstd = arena.matrix(tokens, 1);
+    }
+};
+
+// What the read of a chunk is made of, for its backward.
+template <class T>
+struct Read {
+    Matrices<T> y, slope;               // inputs of each layer, y[0] is q; f' of what came before them
+    Matrices<T> scores, through[2];     // Y X'; Y W and Y S where the output is the narrower side
+    Matrix<T> value, rstd;              // the norm of the last layer's output
+    Matrix<T> scaled, masked;           // working space: the narrower side scaled, T x T
+
+    Read(Arena<T>& arena, const Options<T>& o, int tokens) {
+        int widest = 0;
+        y.emplace_back();
+        slope.emplace_back();
+        for (int l = 0; l < o.depth(); l++) {
+            const int out = o.sizes[l + 1];
+            widest = std::max(widest, std::min(o.sizes[l], out));
+            scores.push_back(arena.matrix(tokens, tokens));
+            for (auto& t : through) t.push_back(o.narrow_in(l) ? Matrix<T>() : arena.matrix(tokens, out));
+            if (l + 1 == o.depth()) break;
+            y.push_back(arena.matrix(tokens, out));
+            slope.push_back(arena.matrix(tokens, out));
+        }
+        value = arena.matrix(tokens, o.sizes.back());
+        rstd = arena.matrix(tokens, 1);
+        scaled = arena.matrix(tokens, widest);
+        masked = arena.matrix(tokens, tokens);
+    }
+    Matrix<T> narrow(int cols) const { return Matrix<T>(scaled.at, scaled.rows, cols); }
+};
+
+// Forward of the keys and gradient of 1/2 |M(k) - v|^2 at the state's weights.
+template <class T, class Activation>
+void inner_gradients(const Options<T>& o, const Norm<T>& norm, const Matrix<T>& k, const Matrix<T>& v,
+                     const State<T>& at, Inner<T>& s) {
+    const int last = o.depth() - 1, d = o.sizes[0];
+    s.x[0] = k;
+    for (int l = 0; l < last; l++) {
+        product(s.x[l], at.w[l], s.pre[l]);
+        by_vectors<T>(s.pre[l].size(), [&](int64_t i, int64_t n) {
+            const auto jet = Activation::of(Vec<T>::loadu(s.pre[l].at + i, n));
+            jet.value.store(s.x[l + 1].at + i, n);
+            jet.slope.store(s.slope[l].at + i, n);
+        });
+    }
+    const Matrix<T>& out = s.delta[last];
+    product(s.x[last], at.w[last], out);
+    if (o.norm) normalise(out, o.eps, s.value, s.rstd.at);
+    for (int r = 0; r < k.rows; r++) {
+        T* delta = out.row(r);
+        const T *key = k.row(r), *value = v.row(r);
+        if (!o.norm) {
+            for (int i = 0; i < d; i++) delta[i] -= value[i];
+            continue;
+        }
+        T *error = s.error.row(r), *x = s.value.row(r);
+        for (int i = 0; i < d; i++) error[i] = norm.bias[i] + key[i] + norm.gain[i] * x[i] - value[i];
+        for (int i = 0; i < d; i++) delta[i] = norm.gain[i] * error[i];
+        pull_row(delta, x, s.rstd.at[r], delta, d);
+    }
+    for (int l = last; l > 0; l--) {
+        product(s.delta[l], at.w[l].t(), s.back[l - 1]);
+        const T *back = s.back[l - 1].at, *slope = s.slope[l - 1].at;
+        T* delta = s.delta[l - 1].at;
+        for (int64_t i = 0; i < s.back[l - 1].size(); i++) delta[i] = back[i] * slope[i];
+    }
+}
+
+// The causal read of every token: y_out [T, d].
+template <class T, class Activation>
+void chunk_read(const Options<T>& o, const Norm<T>& norm, const Coefficients<T>& c, const Matrix<T>& q,
+                const State<T>& at, const Inner<T>& s, Read<T>& r, const Matrix<T>& y_out) {
+    const int last = o.depth() - 1, d = o.sizes[0];
+    r.y[0] = q;
+    for (int l = 0; l <= last; l++) {
+        const Matrix<T>& out = l == last ? y_out : r.y[l + 1];
+        for (int of = 0; of < 1 + o.momentum; of++) {
+            const T* scale = of ? c.anchor_momentum() : c.anchor();
+            const Matrix<T>& weight = of ? at.s[l] : at.w[l];
+            if (o.narrow_in(l)) {
+                const Matrix<T> scaled = r.narrow(o.sizes[l]);
+                scale_rows(scale, c.width, r.y[l], scaled);
+                product(scaled, weight, out, T(1), T(of));
+            } else {
+                product(r.y[l], weight, r.through[of][l]);
+                scale_rows(scale, c.width, r.through[of][l], out, of);
+            }
+        }
+        product(r.y[l], s.x[l].t(), r.scores[l]);
+        c.mask(r.scores[l], r.masked);
+        product(r.masked, s.delta[l], out, T(-1), T(1));
+        if (l == last) break;
+        by_vectors<T>(out.size(), [&](int64_t i, int64_t n) {
+            const auto jet = Activation::of(Vec<T>::loadu(out.at + i, n));
+            jet.value.store(out.at + i, n);
+            jet.slope.store(r.slope[l + 1].at + i, n);
+        });
+    }
+    if (!o.norm) return;
+    normalise(y_out, o.eps, r.value, r.rstd.at);
+    for (int t = 0; t < q.rows; t++) {
+        const T *query = q.row(t), *x = r.value.row(t);
+        T* y = y_out.row(t);
+        for (int i = 0; i < d; i++) y[i] = norm.bias[i] + query[i] + norm.gain[i] * x[i];
+    }
+}
+
+// Moves the state over the chunk, in place. scaled: working space for the narrower side
+template <class T>
+void chunk_update(const Options<T>& o, const Coefficients<T>& c, const Inner<T>& s, const State<T>& at,
+                  const Matrix<T>& working) {
+    for (int l = 0; l < o.depth(); l++) {
+        const Matrix<T>&x = s.x[l], &delta = s.delta[l], &w = at.w[l];
+        const Matrix<T>& narrow = o.narrow_in(l) ? x : delta;
+        const Matrix<T> scaled(working.at, narrow.rows, narrow.cols);
+        T keep = c.end_anchor();
+        if (o.momentum) {
+            const T *momentum = at.s[l].at, by = c.end_anchor_momentum();
+            for (int64_t i = 0; i < w.size(); i++) w.at[i] = keep * w.at[i] + by * momentum[i];
+            keep = 1;
+        }
+        for (int of = 0; of < 1 + o.momentum; of++) {
+            scale_rows(of ? c.end_momentum_writes() : c.end_writes(), 1, narrow, scaled);
+            const Matrix<T>&left = o.narrow_in(l) ? scaled : x, &right = o.narrow_in(l) ? delta : scaled;
+            product(left.t(), right, of ? at.s[l] : w, T(-1), of ? c.end_momentum() : keep);
+        }
+    }
+}
+
+}  // namespace titans

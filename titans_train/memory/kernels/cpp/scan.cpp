@@ -1,0 +1,235 @@
+// The chunks of a segment, forward and backward, row by row: what a row works on fits in a core's cache.
+// ../compiled.py builds and calls this. Shapes: rows n = batch * heads, L tokens, d width of a head.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "chunk_backward.h"
+
+namespace titans {
+
+using at::Tensor;
+using Tensors = std::vector<Tensor>;
+using Maybe = std::optional<Tensor>;
+
+// Of one call: q, k, v [n, L, d]; gates [n, L]; starts [n, L] bool; a segment's first token, chunks and their size.
+struct Call {
+    Tensor q, k, v, keep;
+    Maybe eta;
+    Tensor theta;
+    Maybe starts;
+    Tensors document;  // weights, then momentum [n, d_in, d_out]
+    Maybe gain, bias;  // [n, 1, d]
+    int64_t start, chunks, size;
+    bool gelu;
+    double eps;
+};
+
+template <class T>
+T* data(const Maybe& x) {
+    return x ? x->template data_ptr<T>() : nullptr;
+}
+
+template <class T>
+struct Row {
+    const Call& call;
+    const Options<T>& o;
+    int64_t n;
+
+    int64_t first(int64_t chunk) const { return n * call.q.size(1) + call.start + chunk * call.size; }
+    Matrix<T> tokens(const Tensor& x, int64_t chunk) const {
+        return Matrix<T>(x.data_ptr<T>() + first(chunk) * o.sizes[0], call.size, o.sizes[0]);
+    }
+    T* gates(const Maybe& x, int64_t chunk) const { return x ? x->template data_ptr<T>() + first(chunk) : nullptr; }
+    T* vector(const Maybe& x) const { return x ? x->template data_ptr<T>() + n * o.sizes[0] : nullptr; }
+    Norm<T> norm() const { return {vector(call.gain), vector(call.bias)}; }
+    bool starts(int64_t chunk) const { return call.starts && call.starts->template data_ptr<bool>()[first(chunk)]; }
+
+    // This row of a state's tensors: weights, then momentum
+    State<T> state(const Tensors& tensors) const {
+        State<T> made;
+        for (int i = 0; i < static_cast<int>(tensors.size()); i++) {
+            const int l = i % o.depth(), rows = o.sizes[l], cols = o.sizes[l + 1];
+            auto& list = i < o.depth() ? made.w : made.s;
+            list.emplace_back(tensors[i].data_ptr<T>() + n * rows * cols, rows, cols);
+        }
+        return made;
+    }
+    void fill(Coefficients<T>& c, int64_t j) const {
+        c.fill(gates(call.keep, j), gates(call.eta, j), gates(call.theta, j));
+    }
+};
+
+template <class T>
+Options<T> options(const Call& call, const Tensors& state) {
+    Options<T> o;
+    const int depth = static_cast<int>(state.size()) / (call.eta ? 2 : 1);
+    for (int l = 0; l < depth; l++) o.sizes.push_back(state[l].size(1));
+    o.sizes.push_back(state[depth - 1].size(2));
+    o.momentum = call.eta.has_value();
+    o.norm = call.gain.has_value();
+    o.eps = call.eps;
+    return o;
+}
+
+// Calls f(row, working space) for every row, rows spread over the threads.
+template <class T, class F>
+void by_rows(const Call& call, const Options<T>& o, int64_t space, F f) {
+    at::parallel_for(0, call.q.size(0), 1, [&](int64_t begin, int64_t end) {
+        const Tensor memory = at::empty({space}, call.q.options());
+        for (int64_t n = begin; n < end; n++) f(Row<T>{call, o, n}, Arena<T>(memory.data_ptr<T>()));
+    });
+}
+
+template <class T>
+struct ForwardSpace {
+    Coefficients<T> c;
+    Inner<T> inner;
+    Read<T> read;
+
+    ForwardSpace(Arena<T>& arena, const Options<T>& o, int tokens)
+        : c(arena, tokens), inner(arena, o, tokens), read(arena, o, tokens) {}
+};
+
+template <class T, class Activation>
+void forward_rows(const Call& call, const Tensors& state, const Tensor& y) {
+    const Options<T> o = options<T>(call, state);
+    Arena<T> counted;
+    ForwardSpace<T>(counted, o, call.size);
+    by_rows<T>(call, o, counted.used, [&](const Row<T>& row, Arena<T> arena) {
+        ForwardSpace<T> space(arena, o, call.size);
+        const State<T> at = row.state(state), document = row.state(call.document);
+        const Norm<T> norm = row.norm();
+        for (int64_t j = 0; j < call.chunks; j++) {
+            if (row.starts(j)) at.take(document);
+            row.fill(space.c, j);
+            inner_gradients<T, Activation>(o, norm, row.tokens(call.k, j), row.tokens(call.v, j), at, space.inner);
+            chunk_read<T, Activation>(
+                o, norm, space.c, row.tokens(call.q, j), at, space.inner, space.read, row.tokens(y, j));
+            chunk_update(o, space.c, space.inner, at, space.read.scaled);
+        }
+    });
+}
+
+template <class T>
+struct BackwardSpace {
+    std::vector<State<T>> states;  // before each chunk
+    std::vector<Inner<T>> inner;
+    Coefficients<T> c;
+    Read<T> read;
+    Matrix<T> y;
+    Backward<T> backward;
+
+    BackwardSpace(Arena<T>& arena, const Options<T>& o, int tokens, int chunks)
+        : c(arena, tokens), read(arena, o, tokens), y(arena.matrix(tokens, o.sizes[0])), backward(arena, o, tokens) {
+        for (int j = 0; j < chunks; j++) {
+            states.emplace_back(arena, o);
+            inner.emplace_back(arena, o, tokens);
+        }
+    }
+};
+
+// What the backward fills: tokens: of q, k, v, keep, eta, theta; norm: of gain and bias; adj and document: of states.
+struct Gradients {
+    Tensors adj;
+    Tensor d_q, d_k, d_v, d_keep;
+    Maybe d_eta;
+    Tensor d_theta;
+    Maybe d_gain, d_bias;
+    Tensors d_document;
+};
+
+template <class T>
+void to_document(const State<T>& adj, const State<T>& document) {
+    auto move = [](const Matrix<T>& from, const Matrix<T>& to) {
+        for (int64_t i = 0; i < from.size(); i++) to.at[i] += from.at[i];
+        std::fill(from.at, from.at + from.size(), T(0));
+    };
+    for (size_t l = 0; l < adj.w.size(); l++) move(adj.w[l], document.w[l]);
+    for (size_t l = 0; l < adj.s.size(); l++) move(adj.s[l], document.s[l]);
+}
+
+template <class T, class Activation>
+void backward_rows(const Call& call, const Tensors& stored, const Tensor& d_y, const Gradients& g) {
+    const Options<T> o = options<T>(call, stored);
+    Arena<T> counted;
+    BackwardSpace<T>(counted, o, call.size, call.chunks);
+    by_rows<T>(call, o, counted.used, [&](const Row<T>& row, Arena<T> arena) {
+        BackwardSpace<T> space(arena, o, call.size, call.chunks);
+        const State<T> document = row.state(call.document), d_document = row.state(g.d_document);
+        const State<T> adj = row.state(g.adj);
+        const Norm<T> norm = row.norm();
+        for (int64_t j = 0; j < call.chunks; j++) {
+            const State<T>& at = space.states[j];
+            if (row.starts(j)) at.take(document);
+            else if (j == 0) at.take(row.state(stored));
+            inner_gradients<T, Activation>(o, norm, row.tokens(call.k, j), row.tokens(call.v, j), at, space.inner[j]);
+            if (j + 1 == call.chunks) break;
+            space.states[j + 1].take(at);
+            row.fill(space.c, j);
+            chunk_update(o, space.c, space.inner[j], space.states[j + 1], space.read.scaled);
+        }
+        for (int64_t j = call.chunks - 1; j >= 0; j--) {
+            const State<T>& at = space.states[j];
+            row.fill(space.c, j);
+            chunk_read<T, Activation>(
+                o, norm, space.c, row.tokens(call.q, j), at, space.inner[j], space.read, space.y);
+            chunk_backward<T, Activation>(
+                o, norm, space.c, at, space.inner[j], space.read, adj, row.tokens(d_y, j), space.backward,
+                row.tokens(g.d_q, j), row.tokens(g.d_k, j), row.tokens(g.d_v, j), row.vector(g.d_gain),
+                row.vector(g.d_bias));
+            space.backward.rows.pull(
+                space.c, row.gates(call.keep, j), row.gates(call.eta, j), row.gates(g.d_keep, j),
+                row.gates(g.d_eta, j), row.gates(g.d_theta, j));
+            if (row.starts(j)) to_document(adj, d_document);
+        }
+    });
+}
+
+// Calls f with the number's type and the activation.
+template <class F>
+void chosen(const Call& call, F f) {
+    const bool wide = call.q.scalar_type() == at::kDouble;
+    if (wide && call.gelu) f(double(), Gelu<double>());
+    if (wide && !call.gelu) f(double(), Silu<double>());
+    if (!wide && call.gelu) f(float(), Gelu<float>());
+    if (!wide && !call.gelu) f(float(), Silu<float>());
+}
+
+void forward(Tensor q, Tensor k, Tensor v, Tensor keep, Maybe eta, Tensor theta, Maybe starts, Tensors document,
+             Maybe gain, Maybe bias, int64_t start, int64_t chunks, int64_t size, bool gelu, double eps, Tensors state,
+             Tensor y) {
+    const Call call{q, k, v, keep, eta, theta, starts, document, gain, bias, start, chunks, size, gelu, eps};
+    chosen(call, [&](auto number, auto activation) {
+        forward_rows<decltype(number), decltype(activation)>(call, state, y);
+    });
+}
+
+void backward(Tensor q, Tensor k, Tensor v, Tensor keep, Maybe eta, Tensor theta, Maybe starts, Tensors document,
+              Maybe gain, Maybe bias, int64_t start, int64_t chunks, int64_t size, bool gelu, double eps,
+              Tensors stored, Tensor d_y, Tensors adj, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_keep, Maybe d_eta,
+              Tensor d_theta, Maybe d_gain, Maybe d_bias, Tensors d_document) {
+    const Call call{q, k, v, keep, eta, theta, starts, document, gain, bias, start, chunks, size, gelu, eps};
+    const Gradients g{adj, d_q, d_k, d_v, d_keep, d_eta, d_theta, d_gain, d_bias, d_document};
+    chosen(call, [&](auto number, auto activation) {
+        backward_rows<decltype(number), decltype(activation)>(call, stored, d_y, g);
+    });
+}
+
+}  // namespace titans
+
+TORCH_LIBRARY(titans_train, m) {
+    const std::string call =
+        "(Tensor q, Tensor k, Tensor v, Tensor keep, Tensor? eta, Tensor theta, Tensor? starts, Tensor[] document, "
+        "Tensor? gain, Tensor? bias, int start, int chunks, int size, bool gelu, float eps, ";
+    m.def(("scan_forward" + call + "Tensor(a!)[] state, Tensor(b!) y) -> ()").c_str(), titans::forward);
+    m.def(("scan_backward" + call +
+           "Tensor[] stored, Tensor d_y, Tensor(a!)[] adj, Tensor(b!) d_q, Tensor(c!) d_k, Tensor(d!) d_v, "
+           "Tensor(e!) d_keep, Tensor(f!)? d_eta, Tensor(g!) d_theta, Tensor(h!)? d_gain, Tensor(i!)? d_bias, "
+           "Tensor(j!)[] d_document) -> ()")
+              .c_str(),
+          titans::backward);
+}
