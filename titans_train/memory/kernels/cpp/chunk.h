@@ -1,5 +1,7 @@
 // One chunk of one row (a head of a sequence), forward: ../../chunk.py, with the same names. T tokens; d width of a
-// head; layer l maps sizes[l] to sizes[l + 1]. Gates scale the narrower side of a product.
+// head; layer l maps sizes[l] to sizes[l + 1]. Gates scale the narrower side of a product. What is as wide as a hidden
+// layer is stored flipped, [hidden, T], and so are the first layer's weights: nearly all products are then of the
+// orders in which the BLAS is quick.
 #pragma once
 
 #include "coefficients.h"
@@ -14,11 +16,11 @@ struct Options {
 
     int depth() const { return static_cast<int>(sizes.size()) - 1; }
     bool narrow_in(int l) const { return sizes[l] <= sizes[l + 1]; }
-    int64_t weights() const {
-        int64_t sum = 0;
-        for (int l = 0; l < depth(); l++) sum += static_cast<int64_t>(sizes[l]) * sizes[l + 1];
-        return sum;
+    bool hidden(int l) const { return l > 0 && l < depth(); }  // the input of layer l
+    Matrix<T> weight(Arena<T>& arena, int l) const {
+        return arena.matrix(sizes[l], sizes[l + 1], !hidden(l) && hidden(l + 1));
     }
+    Matrix<T> input(Arena<T>& arena, int l, int tokens) const { return arena.matrix(tokens, sizes[l], hidden(l)); }
 };
 
 template <class T>
@@ -28,13 +30,13 @@ struct State {
     State() = default;
     State(Arena<T>& arena, const Options<T>& o) {
         for (int l = 0; l < o.depth(); l++) {
-            w.push_back(arena.matrix(o.sizes[l], o.sizes[l + 1]));
-            if (o.momentum) s.push_back(arena.matrix(o.sizes[l], o.sizes[l + 1]));
+            w.push_back(o.weight(arena, l));
+            if (o.momentum) s.push_back(o.weight(arena, l));
         }
     }
     void take(const State& other) const {
-        for (size_t l = 0; l < w.size(); l++) std::copy(other.w[l].at, other.w[l].at + w[l].size(), w[l].at);
-        for (size_t l = 0; l < s.size(); l++) std::copy(other.s[l].at, other.s[l].at + s[l].size(), s[l].at);
+        for (size_t l = 0; l < w.size(); l++) copy(other.w[l], w[l]);
+        for (size_t l = 0; l < s.size(); l++) copy(other.s[l], s[l]);
     }
 };
 
@@ -52,12 +54,9 @@ struct Inner {
     Inner(Arena<T>& arena, const Options<T>& o, int tokens) {
         x.emplace_back();
         for (int l = 0; l < o.depth(); l++) {
-            delta.push_back(arena.matrix(tokens, o.sizes[l + 1]));
+            delta.push_back(o.input(arena, l + 1, tokens));
             if (l + 1 == o.depth()) break;
-            x.push_back(arena.matrix(tokens, o.sizes[l + 1]));
-            pre.push_back(arena.matrix(tokens, o.sizes[l + 1]));
-            slope.push_back(arena.matrix(tokens, o.sizes[l + 1]));
-            back.push_back(arena.matrix(tokens, o.sizes[l + 1]));
+            for (auto* each : {&x, &pre, &slope, &back}) each->push_back(o.input(arena, l + 1, tokens));
         }
         if (!o.norm) return;
         error = arena.matrix(tokens, o.sizes[0]);
@@ -82,17 +81,15 @@ struct Read {
             const int out = o.sizes[l + 1];
             widest = std::max(widest, std::min(o.sizes[l], out));
             scores.push_back(arena.matrix(tokens, tokens));
-            for (auto& t : through) t.push_back(o.narrow_in(l) ? Matrix<T>() : arena.matrix(tokens, out));
+            for (auto& t : through) t.push_back(o.narrow_in(l) ? Matrix<T>() : o.input(arena, l + 1, tokens));
             if (l + 1 == o.depth()) break;
-            y.push_back(arena.matrix(tokens, out));
-            slope.push_back(arena.matrix(tokens, out));
+            for (auto* each : {&y, &slope}) each->push_back(o.input(arena, l + 1, tokens));
         }
         value = arena.matrix(tokens, o.sizes.back());
         rstd = arena.matrix(tokens, 1);
         scaled = arena.matrix(tokens, widest);
         masked = arena.matrix(tokens, tokens);
     }
-    Matrix<T> narrow(int cols) const { return Matrix<T>(scaled.at, scaled.rows, cols); }
 };
 
 // Forward of the keys and gradient of 1/2 |M(k) - v|^2 at the state's weights.
@@ -144,12 +141,12 @@ void chunk_read(const Options<T>& o, const Norm<T>& norm, const Coefficients<T>&
             const T* scale = of ? c.anchor_momentum() : c.anchor();
             const Matrix<T>& weight = of ? at.s[l] : at.w[l];
             if (o.narrow_in(l)) {
-                const Matrix<T> scaled = r.narrow(o.sizes[l]);
-                scale_rows(scale, c.width, r.y[l], scaled);
+                const Matrix<T> scaled = r.y[l].over(r.scaled.at);
+                scale_rows(scale, r.y[l], scaled);
                 product(scaled, weight, out, T(1), T(of));
             } else {
                 product(r.y[l], weight, r.through[of][l]);
-                scale_rows(scale, c.width, r.through[of][l], out, of);
+                scale_rows(scale, r.through[of][l], out, of);
             }
         }
         product(r.y[l], s.x[l].t(), r.scores[l]);
@@ -178,7 +175,7 @@ void chunk_update(const Options<T>& o, const Coefficients<T>& c, const Inner<T>&
     for (int l = 0; l < o.depth(); l++) {
         const Matrix<T>&x = s.x[l], &delta = s.delta[l], &w = at.w[l];
         const Matrix<T>& narrow = o.narrow_in(l) ? x : delta;
-        const Matrix<T> scaled(working.at, narrow.rows, narrow.cols);
+        const Matrix<T> scaled = narrow.over(working.at);
         T keep = c.end_anchor();
         if (o.momentum) {
             const T *momentum = at.s[l].at, by = c.end_anchor_momentum();
@@ -186,7 +183,7 @@ void chunk_update(const Options<T>& o, const Coefficients<T>& c, const Inner<T>&
             keep = 1;
         }
         for (int of = 0; of < 1 + o.momentum; of++) {
-            scale_rows(of ? c.end_momentum_writes() : c.end_writes(), 1, narrow, scaled);
+            scale_rows(of ? c.end_momentum_writes() : c.end_writes(), narrow, scaled);
             const Matrix<T>&left = o.narrow_in(l) ? scaled : x, &right = o.narrow_in(l) ? delta : scaled;
             product(left.t(), right, of ? at.s[l] : w, T(-1), of ? c.end_momentum() : keep);
         }

@@ -15,9 +15,9 @@ struct Backward {
     Backward(Arena<T>& arena, const Options<T>& o, int tokens) : rows(arena, tokens) {
         int widest = 0;
         for (int l = 0; l < o.depth(); l++) {
-            neg_x.push_back(arena.matrix(tokens, o.sizes[l]));
-            neg_delta.push_back(arena.matrix(tokens, o.sizes[l + 1]));
-            d_y.push_back(arena.matrix(tokens, o.sizes[l + 1]));
+            neg_x.push_back(o.input(arena, l, tokens));
+            neg_delta.push_back(o.input(arena, l + 1, tokens));
+            d_y.push_back(o.input(arena, l + 1, tokens));
             widest = std::max({widest, o.sizes[l], o.sizes[l + 1]});
         }
         wide = arena.matrix(tokens, widest);
@@ -27,8 +27,6 @@ struct Backward {
         d_u = arena.matrix(tokens, o.sizes[0]);
         d_x = arena.matrix(tokens, o.sizes[0]);
     }
-    Matrix<T> of_wide(int cols) const { return Matrix<T>(wide.at, wide.rows, cols); }
-    Matrix<T> of_through(int cols) const { return Matrix<T>(through.at, through.rows, cols); }
 };
 
 // The adjoint of the state's own move over the chunk, and the gradients of its four coefficients.
@@ -60,15 +58,15 @@ void update_backward(const Options<T>& o, const Coefficients<T>& c, const State<
         const bool in = o.narrow_in(l);
         const Matrix<T>&narrow = in ? x : delta, &neg_narrow = in ? b.neg_x[l] : b.neg_delta[l];
         const Matrix<T>&other = in ? delta : x, &neg_other = in ? b.neg_delta[l] : b.neg_x[l];
-        const Matrix<T> through = b.of_through(narrow.cols), scaled = b.of_wide(narrow.cols);
+        const Matrix<T> through = narrow.over(b.through.at), scaled = narrow.over(b.wide.at);
         for (int of = 0; of < 1 + o.momentum; of++) {
             const T* scale = of ? c.end_momentum_writes() : c.end_writes();
             T* d_scale = of ? b.rows.last.at + 2 : b.rows.weight.row(c.tokens - 1) + 2;
             const Matrix<T>& adjoint = of ? adj.s[l] : adj.w[l];
             product(other, in ? adjoint.t() : adjoint, through);
             add_row_sums(through, narrow, T(-1), d_scale, 1);
-            scale_rows(scale, 1, through, neg_narrow, of);
-            scale_rows(scale, 1, narrow, scaled);
+            scale_rows(scale, through, neg_narrow, of);
+            scale_rows(scale, narrow, scaled);
             product(scaled, in ? adjoint : adjoint.t(), neg_other, T(1), T(of));
         }
     }
@@ -96,16 +94,16 @@ void read_backward(const Options<T>& o, const Coefficients<T>& c, const State<T>
             const T* scale = of ? c.anchor_momentum() : c.anchor();
             T* d_scale = b.rows.weight.at + of;
             const Matrix<T>&weight = of ? at.s[l] : at.w[l], &adjoint = of ? adj.s[l] : adj.w[l];
-            const Matrix<T> scaled = b.of_wide(o.narrow_in(l) ? y.cols : d_out.cols);
+            const Matrix<T> scaled = (o.narrow_in(l) ? y : d_out).over(b.wide.at);
             if (o.narrow_in(l)) {
-                const Matrix<T> through = b.of_through(y.cols);
+                const Matrix<T> through = y.over(b.through.at);
                 product(d_out, weight.t(), through);
-                scale_rows(scale, c.width, through, d_y, true);
+                scale_rows(scale, through, d_y, true);
                 add_row_sums(through, y, T(1), d_scale, c.width);
-                scale_rows(scale, c.width, y, scaled);
+                scale_rows(scale, y, scaled);
                 product(scaled.t(), d_out, adjoint, T(1), T(1));
             } else {
-                scale_rows(scale, c.width, d_out, scaled);
+                scale_rows(scale, d_out, scaled);
                 product(scaled, weight.t(), d_y, T(1), T(1));
                 add_row_sums(d_out, r.through[of][l], T(1), d_scale, c.width);
                 product(y.t(), scaled, adjoint, T(1), T(1));
@@ -127,7 +125,7 @@ void norm_backward(const Options<T>& o, const Norm<T>& norm, const Inner<T>& s, 
     for (int t = 0; t < delta.rows; t++) {
         const T *x = s.value.row(t), *error = s.error.row(t), *pulled = delta.row(t), *d_pulled = neg_delta.row(t);
         const T rstd = s.rstd.at[t];
-        T *u = b.of_wide(d).row(t), *neg_u = b.d_u.row(t), *out = b.d_x.row(t), *dv = d_v.row(t);
+        T *u = b.wide.at, *neg_u = b.d_u.row(t), *out = b.d_x.row(t), *dv = d_v.row(t);
         for (int i = 0; i < d; i++) u[i] = norm.gain[i] * error[i];
         pull_row(d_pulled, x, rstd, neg_u, d);
         for (int i = 0; i < d; i++) dv[i] = norm.gain[i] * neg_u[i];
@@ -150,7 +148,7 @@ void inner_backward(const Options<T>& o, const Norm<T>& norm, const State<T>& at
                     T* d_bias) {
     const int depth = o.depth(), d = o.sizes[0];
     for (int l = 1; l < depth; l++) {  // D_l = (D_{l+1} W_{l+1}') f'(Z_l), innermost last
-        const Matrix<T>&neg = b.neg_delta[l - 1], neg_back = b.of_wide(o.sizes[l]);
+        const Matrix<T>&neg = b.neg_delta[l - 1], neg_back = neg.over(b.wide.at);
         by_vectors<T>(neg.size(), [&](int64_t i, int64_t n) {
             const auto d_delta = Vec<T>::loadu(neg.at + i, n);
             const auto curvature = Activation::of(Vec<T>::loadu(s.pre[l - 1].at + i, n)).curvature;

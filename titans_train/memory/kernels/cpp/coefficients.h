@@ -11,11 +11,13 @@ namespace titans {
 template <class T>
 struct Coefficients {
     Matrix<T> weight, momentum;
+    Matrix<T> anchors, anchor_momenta;  // the first two columns of `weight`: A and B of each token
     int tokens, width;
 
     Coefficients(Arena<T>& arena, int tokens)
-        : weight(arena.matrix(tokens, tokens + 2)), momentum(arena.matrix(tokens, tokens + 2)), tokens(tokens),
-          width(tokens + 2) {}
+        : weight(arena.matrix(tokens, tokens + 2)), momentum(arena.matrix(tokens, tokens + 2)),
+          anchors(arena.matrix(1, tokens)), anchor_momenta(arena.matrix(1, tokens)), tokens(tokens), width(tokens + 2) {
+    }
 
     // keep, eta, theta: of the chunk's tokens; eta may be null: no momentum
     void fill(const T* keep, const T* eta, const T* theta) {
@@ -29,11 +31,12 @@ struct Coefficients {
             m[t + 2] = theta[t];
             if (t == 0) w[0] = keep[0];
             for (int i = 0; i < t + 3; i++) w[i] = m[i] + (t ? keep[t] * weight.row(t - 1)[i] : w[i]);
+            anchors.at[t] = w[0], anchor_momenta.at[t] = w[1];
         }
     }
 
-    T* anchor() const { return weight.at; }                // A_t, `width` apart
-    T* anchor_momentum() const { return weight.at + 1; }   // B_t, `width` apart
+    T* anchor() const { return anchors.at; }
+    T* anchor_momentum() const { return anchor_momenta.at; }
     T end_anchor() const { return weight.row(tokens - 1)[0]; }
     T end_anchor_momentum() const { return weight.row(tokens - 1)[1]; }
     T end_momentum() const { return momentum.row(tokens - 1)[1]; }

@@ -1,8 +1,6 @@
 // What is not a product: activations with their two derivatives, rows scaled and summed, the norm inside the memory.
 #pragma once
 
-#include <ATen/cpu/vec/vec.h>
-
 #include <cmath>
 
 #include "products.h"
@@ -60,23 +58,33 @@ T total(const T* a, int64_t size) {
     return sum;
 }
 
-// to = diag(scale) x, or added to it. scale: a number per row, `step` apart
+// to = diag(scale) x, or added to it; both in one order
 template <class T>
-void scale_rows(const T* scale, int step, const Matrix<T>& x, const Matrix<T>& to, bool add = false) {
-    for (int r = 0; r < x.rows; r++) {
-        const T by = scale[static_cast<int64_t>(r) * step], *from = x.row(r);
+void scale_rows(const T* scale, const Matrix<T>& x, const Matrix<T>& to, bool add = false) {
+    const int rows = x.flipped ? x.cols : x.rows, cols = x.flipped ? x.rows : x.cols;
+    for (int r = 0; r < rows; r++) {
+        const T* from = x.row(r);
         T* out = to.row(r);
-        if (add)
-            for (int i = 0; i < x.cols; i++) out[i] += by * from[i];
+        if (x.flipped && add)
+            for (int i = 0; i < cols; i++) out[i] += scale[i] * from[i];
+        else if (x.flipped)
+            for (int i = 0; i < cols; i++) out[i] = scale[i] * from[i];
+        else if (add)
+            for (int i = 0; i < cols; i++) out[i] += scale[r] * from[i];
         else
-            for (int i = 0; i < x.cols; i++) out[i] = by * from[i];
+            for (int i = 0; i < cols; i++) out[i] = scale[r] * from[i];
     }
 }
 
-// to[r] += sign <x_r, y_r>
+// to[r] += sign <x_r, y_r>; to: a number per row, `step` apart
 template <class T>
 void add_row_sums(const Matrix<T>& x, const Matrix<T>& y, T sign, T* to, int step) {
-    for (int r = 0; r < x.rows; r++) to[static_cast<int64_t>(r) * step] += sign * dot(x.row(r), y.row(r), x.cols);
+    if (!x.flipped) {
+        for (int r = 0; r < x.rows; r++) to[static_cast<int64_t>(r) * step] += sign * dot(x.row(r), y.row(r), x.cols);
+        return;
+    }
+    for (int j = 0; j < x.cols; j++)
+        for (int r = 0; r < x.rows; r++) to[static_cast<int64_t>(r) * step] += sign * x.row(j)[r] * y.row(j)[r];
 }
 
 // LayerNorm without gain: value and 1 / standard deviation of each row; z may be value.

@@ -1,6 +1,9 @@
 // Matrices, row major, and their product by the BLAS that PyTorch comes with.
 #pragma once
 
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -29,22 +32,51 @@ struct Matrix {
         other.flipped = !flipped;
         return other;
     }
-    T* row(int r) const { return at + static_cast<int64_t>(r) * stride; }
+    // of the same shape and order, in other memory
+    Matrix over(T* memory) const { return flipped ? Matrix(memory, cols, rows).t() : Matrix(memory, rows, cols); }
+    T* row(int r) const { return at + static_cast<int64_t>(r) * stride; }  // of what is stored
     int64_t size() const { return static_cast<int64_t>(rows) * cols; }
 };
 
 template <class T>
 using Matrices = std::vector<Matrix<T>>;
 
-// c = alpha a b + beta c. The BLAS counts by columns, so that it is told of c' = b' a'.
+// What is stored in one order, in the other: to[c][r] = from[r][c].
+template <class T>
+void turn(const T* from, int rows, int cols, int stride, T* to, int to_stride) {
+    constexpr int tile = 16;
+    for (int r = 0; r < rows; r += tile)
+        for (int c = 0; c < cols; c += tile)
+            at::vec::transpose_mxn<T>(from + static_cast<int64_t>(r) * stride + c, stride,
+                                      to + static_cast<int64_t>(c) * to_stride + r, to_stride,
+                                      std::min(tile, rows - r), std::min(tile, cols - c));
+}
+
+template <class T>
+void copy(const Matrix<T>& from, const Matrix<T>& to) {
+    const int rows = from.flipped ? from.cols : from.rows, cols = from.flipped ? from.rows : from.cols;
+    if (from.flipped != to.flipped) return turn(from.at, rows, cols, from.stride, to.at, to.stride);
+    for (int r = 0; r < rows; r++) std::copy(from.row(r), from.row(r) + cols, to.row(r));
+}
+
+// c = alpha a b + beta c. The BLAS is slow where b is flipped, and quick to be given it turned.
 template <class T>
 void product(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& c, T alpha = 1, T beta = 0) {
-    const char* of_b = b.flipped ? "T" : "N";
-    const char* of_a = a.flipped ? "T" : "N";
+    if (c.flipped) return product(b.t(), a.t(), c.t(), alpha, beta);
+    const T* right = b.at;
+    int stride = b.stride;
+    if (b.flipped) {
+        static thread_local std::vector<T> turned;
+        turned.resize(b.size());
+        turn(b.at, b.cols, b.rows, b.stride, turned.data(), b.cols);
+        right = turned.data(), stride = b.cols;
+    }
+    // it counts by columns, so that it is told of c' = b' a'
+    const char* left = a.flipped ? "T" : "N";
     if constexpr (sizeof(T) == 4)
-        sgemm_(of_b, of_a, &c.cols, &c.rows, &a.cols, &alpha, b.at, &b.stride, a.at, &a.stride, &beta, c.at, &c.stride);
+        sgemm_("N", left, &c.cols, &c.rows, &a.cols, &alpha, right, &stride, a.at, &a.stride, &beta, c.at, &c.stride);
     else
-        dgemm_(of_b, of_a, &c.cols, &c.rows, &a.cols, &alpha, b.at, &b.stride, a.at, &a.stride, &beta, c.at, &c.stride);
+        dgemm_("N", left, &c.cols, &c.rows, &a.cols, &alpha, right, &stride, a.at, &a.stride, &beta, c.at, &c.stride);
 }
 
 // Matrices one after the other in memory; without memory it counts how much they need.
@@ -55,8 +87,10 @@ class Arena {
 
     Arena() = default;
     explicit Arena(T* memory) : memory(memory) {}
-    Matrix<T> matrix(int rows, int cols) {
-        Matrix<T> made(memory ? memory + used : nullptr, rows, cols);
+    Matrix<T> matrix(int rows, int cols, bool flipped = false) {
+        Matrix<T> made;
+        made.rows = rows, made.cols = cols, made.flipped = flipped;
+        made = made.over(memory ? memory + used : nullptr);
         used += (made.size() + 15) / 16 * 16;
         return made;
     }
