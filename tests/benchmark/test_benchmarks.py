@@ -10,7 +10,7 @@ import torch
 
 from titans_train.benchmark import main
 from titans_train.benchmark.dual_autograd import dual_autograd
-from titans_train.benchmark.memory import CASES, operator_inputs
+from titans_train.benchmark.memory import CASES, by_length, operator_inputs
 from titans_train.memory import MemoryState, memory_scan
 
 
@@ -46,7 +46,19 @@ def test_memory_measures_a_case_in_a_process_of_its_own(tmp_path: Path, capsys: 
     assert main(["memory", "--rounds", "1", "--cases", case, "--json", str(tmp_path / "m.json")]) == 0
     figures = json.loads((tmp_path / "m.json").read_text())["cases"][case]
     assert figures["tokens_per_second"] > 10 and 0 < figures["utilisation"] < 1 and case in CASES
+    assert 3 < figures["activation_kib_per_token"] < 15  # q, k, v and gates alone are 3.05
     assert case in capsys.readouterr().out
+
+
+def test_memory_says_how_the_operator_changes_with_the_length() -> None:
+    def figures(seconds: float) -> dict[str, float]:
+        return {"seconds_per_token": seconds, "peak_mib": 160.0, "activation_kib_per_token": 4.25}
+
+    lines = by_length({"ours, operator, b=64": figures(1e-4), "ours, operator, b=64, 16384": figures(1.05e-4)})
+    assert lines == [
+        "\nours, operator, b=64, 16384 / at 4096: 1.05x the time per token; "
+        "10.0 KiB per token at the peak above the inputs, 4.2 kept with the inputs"
+    ]
 
 
 def test_an_unknown_benchmark_is_answered_with_the_list(capsys: pytest.CaptureFixture[str]) -> None:

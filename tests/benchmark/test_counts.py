@@ -38,12 +38,14 @@ def test_a_roofline_names_what_bounds_each_way(tmp_path: Path, capsys: pytest.Ca
     options = ["--sizes", "340M", "--expansions", "2", "--chunks", "16", "256", "--json", str(out)]
     assert main(["benchmark", "roofline", *options, "--picture", str(picture)]) == 0
     found, said = json.loads(out.read_text()), capsys.readouterr().out
-    assert [(r["chunk"], r["how"]) for r in found["cases"]] == [
+    assert list(found["cases"])[0] == "340M, hidden 128, chunk 16, recurrence" and found["about"]["rows"] == 1
+    cases = list(found["cases"].values())
+    assert [(r["chunk"], r["how"]) for r in cases] == [
         (16, "recurrence"), (16, "dual"), (16, "kernels"), (256, "recurrence"), (256, "dual"),
     ]  # fmt: skip
-    for r in found["cases"]:
+    for r in cases:
         assert f"| {r['chunk']} | {r['how']} |" in said
         assert r["seconds"]["65536"] == 65536 * max(r["floors"].values())
-    recurrence, dual, kernels = found["cases"][:3]
+    recurrence, dual, kernels = cases[:3]
     assert recurrence["memory"] > 4 * dual["memory"] > 4 * kernels["memory"]
     assert dual["flops"] >= 66 * 64 * 128 and picture.stat().st_size > 1000

@@ -10,8 +10,6 @@ these grows with the length but by the token, so that a length only decides how 
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +17,9 @@ from typing import Any
 
 import torch
 
+from titans_train.benchmark import record
 from titans_train.benchmark.counts import count, operator
-from titans_train.errors import UserError
+from titans_train.benchmark.device import check, seconds
 from titans_train.outputs import check_file
 from titans_train.shape import beyond_kernels
 
@@ -80,22 +79,9 @@ def of_kernels(d: int, hidden: int, chunk: int, item: int) -> Work:
 
 
 def _seconds(run: Callable[[], object], device: str) -> float:
-    """Of one call: of many, without the time of starting them."""
-    for _ in range(3):
-        run()
-    repeats = 20
-    if device == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(repeats):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3 / repeats
-    started = time.process_time()
-    for _ in range(repeats):
-        run()
-    return (time.process_time() - started) / repeats
+    """Of one call."""
+    seconds(run, device, 3)
+    return seconds(run, device, 20)
 
 
 def measured(device: str) -> Ceilings:
@@ -133,6 +119,10 @@ def rows_of(options: argparse.Namespace, at: Ceilings) -> list[dict[str, Any]]:
                         "bound": bound, "seconds": {str(n): n * options.rows * floors[bound] for n in LENGTHS},
                     })  # fmt: skip
     return found
+
+
+def name_of(row: dict[str, Any]) -> str:
+    return f"{row['size']}, hidden {row['hidden']}, chunk {row['chunk']}, {row['how']}"
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -186,8 +176,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     for path in (options.json, options.picture):
         check_file("--json or --picture", path)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no GPU; use cpu, or start on a machine with one")
+    check(options.device)
     torch.set_num_threads(1)
     at = measured(options.device)
     print(f"matmul {at.matmul / 1e9:,.0f} GFLOP/s, memory {at.memory / 1e9:,.1f} GB/s, "
@@ -195,9 +184,9 @@ def main(argv: list[str]) -> int:
     found = rows_of(options, at)
     print(table(found))
     if options.json:
-        name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, one thread"
-        about = {"torch": torch.__version__, "device": name, "rows": options.rows, "ceilings": asdict(at)}
-        options.json.write_text(json.dumps({"about": about, "cases": found}, indent=1) + "\n")
+        dtype = {2: "bfloat16", 4: "float32"}[options.item]
+        what = record.about("roofline", argv, options.device, dtype, rows=options.rows, ceilings=asdict(at))
+        record.write(options.json, what, {name_of(r): r for r in found})
     if options.picture:
         draw(found, at, options.picture)
     return 0

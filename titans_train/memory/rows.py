@@ -169,8 +169,7 @@ class RowsBackward:
                     for d_part, d_anchor in zip(total, adj.anchor, strict=True):
                         d_part += d_anchor
                 adj.anchor = adj.weights
-            for total, part in zip((found.q, found.k, found.v), (gradients.q, gradients.k, gradients.v), strict=True):
-                total[:, run.span] = part
+            found.q[:, run.span], found.k[:, run.span], found.v[:, run.span] = gradients.q, gradients.k, gradients.v
             d_rows[:, :, j], d_last[:, j] = gradients.weight_rows.transpose(0, 1), gradients.last_momentum_row
             if found.gain is not None and found.bias is not None:
                 assert gradients.gain is not None and gradients.bias is not None

@@ -115,9 +115,10 @@ class SequenceGradients:
     def of(cls, seq: Sequence) -> SequenceGradients:
         q, k, v, keep, theta = (torch.empty_like(x) for x in (seq.q, seq.k, seq.v, seq.keep, seq.theta))
         eta = None if seq.eta is None else torch.empty_like(seq.eta)
-        norm = [None, None] if seq.norm is None else [torch.zeros_like(x) for x in (seq.norm.gain, seq.norm.bias)]
+        gain = None if seq.norm is None else torch.zeros_like(seq.norm.gain)
+        bias = None if seq.norm is None else torch.zeros_like(seq.norm.bias)
         document = [torch.zeros_like(x) for x in (*seq.document_weights, *seq.document_momentum)]
-        return cls(q, k, v, keep, eta, theta, *norm, document)
+        return cls(q, k, v, keep, eta, theta, gain, bias, document)
 
     def fill_gates(self, segment: Segment, keep: Tensor, eta: Tensor | None, theta: Tensor) -> None:
         """Each [n, chunks, size]."""

@@ -35,7 +35,6 @@ CAPABILITIES = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
 }
 PATIENCE = 600  # seconds for another process that builds the same
-TAIL = 800  # characters of what a compiler said
 
 
 @functools.cache
@@ -47,7 +46,7 @@ def why_not() -> str | None:
             _build_once(library)
         torch.ops.load_library(library)
     except (OSError, RuntimeError, Timeout) as error:
-        return f"its C++ cannot be built and loaded: {str(error)[-TAIL:].strip()}"
+        return f"its C++ cannot be built and loaded: {error}"
     return None
 
 
@@ -95,7 +94,8 @@ def _build(library: Path) -> None:
         command = [compiler, *_flags(), *includes, str(SOURCE / "scan.cpp"), *paths, "-lc10", "-ltorch_cpu"]
         done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
         if done.returncode != 0:
-            raise RuntimeError(f"{compiler} ended with {done.returncode}: {done.stderr.strip()}")
+            said = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+            raise RuntimeError(f"{compiler} ended with {done.returncode}: " + "; ".join(said[:3]))
         built.replace(library)
 
 

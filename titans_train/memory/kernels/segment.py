@@ -128,7 +128,8 @@ class Launch:
         scan_backward[(rows,)](
             seq.q, seq.k, seq.v, d_y, self.coef.weight_rows, self.last_row(),
             *_pairs(states.weights, states.momentum), *self.norm(), starts, *_pairs(d_weights, d_momentum),
-            *_pairs(documents[:depth], documents[depth:]), found.q, found.k, found.v, d_rows, d_last, *norm, *working, *sizes,
+            *_pairs(documents[:depth], documents[depth:]), found.q, found.k, found.v,
+            d_rows, d_last, *norm, *working, *sizes,
             **self.options(d_weights, d_momentum),
         )  # fmt: skip
         found.fill_gates(self.segment, *coefficients_backward(self.coef, d_rows, d_last, self.keep, self.eta))

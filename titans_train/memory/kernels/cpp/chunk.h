@@ -168,24 +168,26 @@ void chunk_read(const Options<T>& o, const Norm<T>& norm, const Coefficients<T>&
     }
 }
 
-// Moves the state over the chunk, in place. scaled: working space for the narrower side
+// Moves the state over the chunk, which may be in place. working: space for the narrower side, scaled
 template <class T>
 void chunk_update(const Options<T>& o, const Coefficients<T>& c, const Inner<T>& s, const State<T>& at,
-                  const Matrix<T>& working) {
+                  const State<T>& after, const Matrix<T>& working) {
+    const Vec<T> anchor(c.end_anchor()), anchor_momentum(c.end_anchor_momentum()), momentum(c.end_momentum());
     for (int l = 0; l < o.depth(); l++) {
-        const Matrix<T>&x = s.x[l], &delta = s.delta[l], &w = at.w[l];
+        const Matrix<T>&x = s.x[l], &delta = s.delta[l];
         const Matrix<T>& narrow = o.narrow_in(l) ? x : delta;
         const Matrix<T> scaled = narrow.over(working.at);
-        T keep = c.end_anchor();
-        if (o.momentum) {
-            const T *momentum = at.s[l].at, by = c.end_anchor_momentum();
-            for (int64_t i = 0; i < w.size(); i++) w.at[i] = keep * w.at[i] + by * momentum[i];
-            keep = 1;
-        }
+        by_vectors<T>(at.w[l].size(), [&](int64_t i, int64_t n) {
+            const auto w = Vec<T>::loadu(at.w[l].at + i, n) * anchor;
+            if (!o.momentum) return w.store(after.w[l].at + i, n);
+            const auto m = Vec<T>::loadu(at.s[l].at + i, n);
+            (w + m * anchor_momentum).store(after.w[l].at + i, n);
+            (m * momentum).store(after.s[l].at + i, n);
+        });
         for (int of = 0; of < 1 + o.momentum; of++) {
             scale_rows(of ? c.end_momentum_writes() : c.end_writes(), narrow, scaled);
             const Matrix<T>&left = o.narrow_in(l) ? scaled : x, &right = o.narrow_in(l) ? delta : scaled;
-            product(left.t(), right, of ? at.s[l] : w, T(-1), of ? c.end_momentum() : keep);
+            product(left.t(), right, of ? after.s[l] : after.w[l], T(-1), T(1));
         }
     }
 }

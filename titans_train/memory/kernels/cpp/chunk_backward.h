@@ -34,20 +34,22 @@ template <class T>
 void state_backward(const Options<T>& o, const Coefficients<T>& c, const State<T>& at, const State<T>& adj,
                     CoefficientGradients<T>& rows) {
     T* last_row = rows.weight.row(c.tokens - 1);
-    for (int l = 0; l < o.depth(); l++) {
-        const int64_t size = at.w[l].size();
-        T *vw = adj.w[l].at, anchor = c.end_anchor();
-        const T* w = at.w[l].at;
-        last_row[0] += dot(vw, w, size);
-        if (o.momentum) {
-            const T *s = at.s[l].at, momentum = c.end_momentum(), anchor_momentum = c.end_anchor_momentum();
-            T* vs = adj.s[l].at;
-            last_row[1] += dot(vw, s, size);
-            rows.last.at[1] += dot(vs, s, size);
-            for (int64_t i = 0; i < size; i++) vs[i] = momentum * vs[i] + anchor_momentum * vw[i];
-        }
-        for (int64_t i = 0; i < size; i++) vw[i] *= anchor;
-    }
+    const Vec<T> anchor(c.end_anchor()), anchor_momentum(c.end_anchor_momentum()), momentum(c.end_momentum());
+    Vec<T> d_anchor(0), d_anchor_momentum(0), d_momentum(0);
+    for (int l = 0; l < o.depth(); l++)
+        by_vectors<T>(at.w[l].size(), [&](int64_t i, int64_t n) {
+            const auto w = Vec<T>::loadu(at.w[l].at + i, n), vw = Vec<T>::loadu(adj.w[l].at + i, n);
+            d_anchor = d_anchor + vw * w;
+            (vw * anchor).store(adj.w[l].at + i, n);
+            if (!o.momentum) return;
+            const auto s = Vec<T>::loadu(at.s[l].at + i, n), vs = Vec<T>::loadu(adj.s[l].at + i, n);
+            d_anchor_momentum = d_anchor_momentum + vw * s;
+            d_momentum = d_momentum + vs * s;
+            (vs * momentum + vw * anchor_momentum).store(adj.s[l].at + i, n);
+        });
+    last_row[0] += total(d_anchor);
+    last_row[1] += total(d_anchor_momentum);
+    rows.last.at[1] += total(d_momentum);
 }
 
 template <class T>

@@ -58,6 +58,13 @@ T total(const T* a, int64_t size) {
     return sum;
 }
 
+template <class T>
+T total(const Vec<T>& x) {
+    T numbers[Vec<T>::size()];
+    x.store(numbers);
+    return total(numbers, Vec<T>::size());
+}
+
 // to = diag(scale) x, or added to it; both in one order
 template <class T>
 void scale_rows(const T* scale, const Matrix<T>& x, const Matrix<T>& to, bool add = false) {

@@ -128,7 +128,7 @@ void forward_rows(const Call& call, const Tensors& state, const Tensor& y) {
             inner_gradients<T, Activation>(o, norm, row.tokens(call.k, j), row.tokens(call.v, j), at, space.inner);
             chunk_read<T, Activation>(
                 o, norm, space.c, row.tokens(call.q, j), at, space.inner, space.read, row.tokens(y, j));
-            chunk_update(o, space.c, space.inner, at, space.read.scaled);
+            chunk_update(o, space.c, space.inner, at, at, space.read.scaled);
         }
         given.take(at);
     });
@@ -193,9 +193,8 @@ void backward_rows(const Call& call, const Tensors& stored, const Tensor& d_y, c
             else if (j == 0) at.take(row.state(stored));
             inner_gradients<T, Activation>(o, norm, row.tokens(call.k, j), row.tokens(call.v, j), at, space.inner[j]);
             if (j + 1 == call.chunks) break;
-            space.states[j + 1].take(at);
             row.fill(space.c, j);
-            chunk_update(o, space.c, space.inner[j], space.states[j + 1], space.read.scaled);
+            chunk_update(o, space.c, space.inner[j], at, space.states[j + 1], space.read.scaled);
         }
         for (int64_t j = call.chunks - 1; j >= 0; j--) {
             const State<T>& at = space.states[j];

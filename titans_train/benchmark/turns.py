@@ -1,0 +1,60 @@
+"""Cases of a benchmark, each in a process of its own, taking turns over rounds.
+
+So peak memory is a case's own, and a busy minute of the machine hits all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Figures = dict[str, float]
+
+
+def in_turns(
+    verb: str, argv: Sequence[str], cases: Sequence[str], rounds: int, device: str, say: Callable[[Figures], str]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Medians over the rounds, and the "rounds" themselves, of each case; and the cases that failed.
+
+    A process is the verb with `argv` and `--one CASE`; the last line that it prints is its figures as JSON. say: what
+    is told of them at once, on stderr; and why a case failed, which is then left out.
+    """
+    found: dict[str, list[Figures]] = {case: [] for case in cases}
+    failed: list[str] = []
+    for number in range(1, rounds + 1):
+        for case in [c for c in cases if c not in failed]:
+            figures = _one(verb, [*argv, "--one", case], device)
+            if isinstance(figures, str):
+                failed.append(case)
+                print(f"{case} failed, and is left out:\n{figures}", file=sys.stderr)
+                continue
+            found[case].append(figures)
+            print(f"round {number}: {case}: {say(figures)}", file=sys.stderr)
+    return {case: medians(found[case]) for case in cases if case not in failed}, failed
+
+
+def medians(rounds: list[Figures]) -> dict[str, Any]:
+    return {key: statistics.median(r[key] for r in rounds) for key in rounds[0]} | {"rounds": rounds}
+
+
+def in_a_process(verb: str, argv: Sequence[str], device: str) -> subprocess.CompletedProcess[str]:
+    """The verb on that device, on a CPU with one thread; what it printed."""
+    environment = os.environ | {"DS_ACCELERATOR": device}
+    if device == "cpu":
+        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "titans_train", "benchmark", verb, *argv]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def _one(verb: str, argv: Sequence[str], device: str) -> Figures | str:
+    """Its figures, or the end of what it said instead."""
+    done = in_a_process(verb, argv, device)
+    if done.returncode:
+        return "\n".join((done.stderr or done.stdout).splitlines()[-8:])
+    figures: Figures = json.loads(done.stdout.splitlines()[-1])
+    return figures
