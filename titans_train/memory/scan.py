@@ -101,7 +101,7 @@ class Call:
         depth, momentum = self.spec.layers()[:2]
         like = [*rows.weights, *rows.momentum, *(rows.weights if self.spec.ends_inside else [])]
         own = [
-            torch.zeros_like(t) if d is None else d.flatten(0, 1)[part].clone()
+            torch.zeros_like(t) if d is None else _flat(d)[part].clone(memory_format=torch.contiguous_format)
             for t, d in zip(like, d_final, strict=True)
         ]
         return own[:depth], own[depth : depth + momentum], own[depth + momentum :]
