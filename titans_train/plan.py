@@ -230,6 +230,7 @@ def resolve_shape(config: RunConfig) -> ModelShape:
             persistent_tokens=0 if block == "transformer" or memory.rule != "titans" else a.persistent_tokens,
             rope_base=float(a.rope_base),
         ),
+        compile=config.model.compile,
     )
 
 

@@ -90,11 +90,11 @@ def activation_bytes(shape: ModelShape, at: Placement) -> int:
     two norms keeps its input and its output; MAL has three); feed-forward 4 F, attention 8 D, 2 D more for the
     overlapping blocks of a window and a mask of one byte per key; the memory 20.5 D and 5 D float32 for the scan, 2
     D more for MAG's gate; MAC's segments 45 D, and in float32 7 D and 2 hidden units of the memory. Outside the
-    layers: embedding and last norm 3 D, and V float32 of the softmax. With checkpointing: every layer's input, and
+    layers: embedding and last norm 3 D, and the logits, V. With checkpointing: every layer's input, and
     one layer's tensors at a time.
     """
     layer, tokens, stream = layer_bytes(shape, at), at.tokens, at.stream_tokens
-    ends = at.item * 3 * stream * shape.width + tokens * FLOAT32 * shape.padded_vocabulary / at.tensor
+    ends = at.item * (3 * stream * shape.width + tokens * shape.padded_vocabulary / at.tensor)
     if at.checkpointing:
         return int(at.wave * (shape.layers * stream * shape.width * at.item + ends) + layer)
     return int(at.wave * (shape.layers * layer + ends))
@@ -143,12 +143,11 @@ def _mask_bytes(shape: ModelShape, length: int) -> float:
 def working_bytes(shape: ModelShape, at: Placement) -> int:
     """The most that a backward needs beside what it was given: at the head, or in the last layer's scan.
 
-    Head: what was sent to other shards; two gradients of V float32 on one rank, one where Megatron's cross-entropy
-    works in place. Scan: the states of the segment that it recomputes, two more of gradients, and 12 D numbers in
-    float32 per token; what the last layer kept of what follows the scan (feed-forward, MAL's attention) is free then.
+    Head: what was sent to other shards; the gradient of the logits. Scan: the states of the segment that it
+    recomputes, two more of gradients, and 12 D numbers in float32 per token; what the last layer kept of what follows
+    the scan (feed-forward, MAL's attention) is free then.
     """
-    head = FLOAT32 * at.tokens * shape.padded_vocabulary // at.tensor * (2 if at.tensor == 1 else 1)
-    head += sent_bytes(shape, at)
+    head = at.item * at.tokens * shape.padded_vocabulary // at.tensor + sent_bytes(shape, at)
     if shape.memory is None:
         return head
     own = shape.width / at.tensor

@@ -119,7 +119,8 @@ def ends(shape: ModelShape, at: Placement) -> dict[str, Messages]:
     if at.tensor == 1:
         return {"forward": forward, "backward": backward, "shared": shared}
     stream = at.tokens * shape.width * at.item
-    forward.add("all_reduce", at.tokens * FLOAT32, 3)
+    forward.add("all_reduce", at.tokens * FLOAT32)
+    forward.add("all_reduce", at.tokens * FLOAT32 * 2)
     if at.sequence_parallel:
         forward.add("reduce_scatter", stream)  # out of the embedding
         forward.add("all_gather", stream)  # into the head

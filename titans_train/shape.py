@@ -111,10 +111,12 @@ class ModelShape:
     initializer_std: float
     memory: MemoryShape | None  # None for block "transformer"
     attention: AttentionShape
+    compile: bool = False  # element-wise stretches by torch.compile; not stored
 
     def to_dict(self) -> dict[str, Any]:
         """Without what says how, not what, is computed: a run may go on, and a model be used, on another machine."""
         out = asdict(self)
+        del out["compile"]
         if self.memory is not None:
             del out["memory"]["kernels"], out["memory"]["peer_kernels"]
         return out

@@ -61,13 +61,14 @@ def counting_kept(without: Iterable[Tensor]) -> Iterator[dict[int, int]]:
 
 def measure(
     prepare: Callable[[int], Work], length: int, device: str, dtype: str, *,
-    batch: int = 1, flops: float | None = None,
+    batch: int = 1, flops: float | None = None, compiled: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Figures of `prepare(length)` in a process that has done nothing else.
 
-    batch: sequences of `length` tokens; flops: of a token, forward and backward, for the utilisation.
+    batch: sequences of `length` tokens; flops: of a token, forward and backward, for the utilisation. compiled: by
+    torch.compile, which is to see the length that counts.
     """
-    prepare(length if device == "cuda" else min(length, WARM_UP)).run()  # allocator, threads, kernels
+    prepare(length if device == "cuda" or compiled else min(length, WARM_UP)).run()  # allocator, threads, kernels
     work, tokens = prepare(length), batch * length
     kept: list[int] = []
     peak = peak_bytes(lambda: kept.append(work.kept_bytes()) if work.countable else work.run(), device)

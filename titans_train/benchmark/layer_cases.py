@@ -38,13 +38,15 @@ CHUNKED = (*TITANS, *LAYER_PEERS)  # what a chunk changes the function of
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of every case. window: of sliding attention, and MAC's segment; kernels: as memory.kernels."""
+    """Of every case. window: of sliding attention, and MAC's segment; kernels, compile: as memory.kernels and
+    model.compile."""
 
     dim: int
     heads: int
     window: int = 512
     batch: int = 1
     kernels: str = "auto"
+    compile: bool = False
     dtype: str = "float32"
     device: str = "cpu"
 
@@ -56,7 +58,10 @@ def shape_of(what: str, chunk: int, length: int, sizes: Sizes) -> ModelShape | N
     block = {"layer": "lmm", "gated_deltanet": "lmm", "window": "transformer"}.get(what, what)
     sections: dict[str, Any] = {
         "run": {"name": "layers", "dtype": sizes.dtype}, "data": {"path": "none"},
-        "model": {"block": block, "layers": 1, "width": sizes.dim, "heads": sizes.heads, "vocabulary": 264},
+        "model": {
+            "block": block, "layers": 1, "width": sizes.dim, "heads": sizes.heads, "vocabulary": 264,
+            "compile": sizes.compile,
+        },
         "training": {"steps": 1, "sequence_length": length, "global_batch_size": 1, "micro_batch_size": 1},
         "attention": {"persistent_tokens": 0},
     }  # fmt: skip

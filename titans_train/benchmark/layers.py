@@ -70,7 +70,9 @@ def measured(case: Case, sizes: Sizes) -> Figures:
     shape = shape_of(case.what, case.chunk, case.length, sizes)
     flops = None if shape is None else flops_of(case.what, shape, case.length)
     prepare = prepared(case.what, shape, case.chunk, sizes)
-    return measure(prepare, case.length, sizes.device, sizes.dtype, batch=sizes.batch, flops=flops)
+    return measure(
+        prepare, case.length, sizes.device, sizes.dtype, batch=sizes.batch, flops=flops, compiled=sizes.compile
+    )
 
 
 def table(results: dict[str, dict[str, Any]], unit: str) -> str:
@@ -117,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, help="sequences at a time")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kernels", choices=KERNELS, default="auto", help="memory.kernels of our blocks")
+    parser.add_argument("--compile", action="store_true", help="model.compile, of all blocks")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the case of this process
     return parser
@@ -134,8 +137,9 @@ def _checked(options: argparse.Namespace) -> Sizes:
     if any(what in TITANS for what in options.blocks):
         kernels.check(options.kernels)
     return Sizes(
-        options.dim, options.heads, options.window, options.batch, options.kernels, options.dtype, options.device
-    )
+        options.dim, options.heads, options.window, options.batch, options.kernels, options.compile, options.dtype,
+        options.device,
+    )  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

@@ -109,7 +109,7 @@ def operator_flops(chunk: int) -> float:
     return HEADS * (66.0 * HEAD_DIM * HIDDEN + 12.0 * chunk * (HEAD_DIM + HIDDEN))
 
 
-def measured(case: str, how: str) -> Figures:
+def measured(case: str, how: str, compile: bool = False) -> Figures:
     """In a fresh process."""
     what, chunk, length, norm = CASES[case]
     torch.set_num_threads(1)
@@ -117,11 +117,11 @@ def measured(case: str, how: str) -> Figures:
     if what in ("operator", "autograd"):
         prepare, flops = operator(what, chunk, norm, how), operator_flops(chunk) if what == "operator" else None
     else:
-        sizes = Sizes(DIM, HEADS, kernels=how)
+        sizes = Sizes(DIM, HEADS, kernels=how, compile=compile)
         shape = shape_of(what, chunk, length, sizes)
         prepare = prepared(what, shape, chunk, sizes)
         flops = None if shape is None else flops_of(what, shape, length)
-    return measure(prepare, length, "cpu", "float32", flops=flops)
+    return measure(prepare, length, "cpu", "float32", flops=flops, compiled=compile)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -160,6 +160,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE")
     parser.add_argument("--kernels", choices=KERNELS, default="auto", help="memory.kernels of ours")
+    parser.add_argument("--compile", action="store_true", help="model.compile, of all blocks and layers of ours")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--one", choices=list(CASES), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -168,7 +169,7 @@ def main(argv: list[str]) -> int:
     check_file("--json", options.json)
     kernels.check(options.kernels)
     if options.one:
-        print(json.dumps(measured(options.one, options.kernels)))
+        print(json.dumps(measured(options.one, options.kernels, options.compile)))
         return 0
 
     def say(figures: Figures) -> str:

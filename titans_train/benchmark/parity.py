@@ -5,7 +5,7 @@ fp32, real gloo processes:
 each parameter's gradient by name before clipping (at equal parameters; and at the two later steps), the gradient
 norm, and the parameters after three AdamW steps without warm-up. Two micro-batches per step, numbers of valid tokens
 unequal between ranks and micro-batches. In bf16 the same gradients against fp32, beside those of one process in bf16.
-In float64 the model alone, without an engine (DeepSpeed's master weights and Megatron's cross-entropy are float32):
+In float64 the model alone, without an engine (DeepSpeed's master weights are float32):
 gradients of a weighted sum of the logits.
 """
 

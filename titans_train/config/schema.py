@@ -35,6 +35,7 @@ class Model(Section):
     tied_head: bool = True
     norm_eps: float = Field(default=1e-5, gt=0, le=1e-2)
     initializer_std: float = Field(default=0.02, gt=0, le=1)
+    compile: bool = Field(default=False, description="element-wise stretches as one loop each, by torch.compile")
 
 
 class Memory(Section):

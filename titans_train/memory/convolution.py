@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titans_train.fusion import fused
 from titans_train.shape import MemoryShape
 
 if TYPE_CHECKING:
@@ -35,10 +37,15 @@ class CausalConvolution(nn.Module):
     Starts near `start`, the first taps: (1,) is the identity.
     """
 
-    def __init__(self, width: int, taps: int, parts: Parts, start: tuple[float, ...] = (1.0,)) -> None:
+    def __init__(
+        self, width: int, taps: int, parts: Parts, start: tuple[float, ...] = (1.0,), compile: bool = False
+    ) -> None:
         super().__init__()
         self.taps = taps
-        if taps > 1:
+        self.fuse = compile
+        if taps == 1:
+            self.register_parameter("weight", None)
+        else:
             weight = torch.randn(taps, width) * 0.02
             for j, value in enumerate(start[:taps]):
                 weight[j] += value
@@ -58,19 +65,32 @@ class CausalConvolution(nn.Module):
         age = torch.arange(count - 1, -1, -1, device=x.device)
         return tail * (positions[:, -1:] >= age)[:, :, None]
 
-    def forward(self, x: Tensor, tail: Tensor, positions: Tensor | None) -> Tensor:
-        """x [B, L, D] -> y; `tail`: the K - 1 inputs before x."""
-        if self.taps == 1:
-            return x
-        length = x.shape[1]
-        padded = torch.cat([tail.to(x.dtype), x], dim=1)
-        y = x * self.weight[0]
-        for j in range(1, self.taps):
-            shifted = padded[:, self.taps - 1 - j : self.taps - 1 - j + length]
+    def forward(
+        self, x: Tensor, tail: Tensor, positions: Tensor | None, heads: int | None = None, unit: bool = False
+    ) -> Tensor:
+        """x [B, L, D] -> y; `tail`: the K - 1 inputs before x. heads: given, y is finished, as `finished` says."""
+        return fused(convolved, self.fuse)(x, tail, self.weight, positions, heads, unit)
+
+
+def convolved(
+    x: Tensor, tail: Tensor, weight: Tensor | None, positions: Tensor | None, heads: int | None, unit: bool
+) -> Tensor:
+    """weight [K, D]; None: K = 1."""
+    y, length = x, x.shape[1]
+    if weight is not None:
+        taps, padded, y = weight.shape[0], torch.cat([tail.to(x.dtype), x], dim=1), x * weight[0]
+        for j in range(1, taps):
+            shifted = padded[:, taps - 1 - j : taps - 1 - j + length]
             if positions is not None:
                 shifted = shifted * (positions >= j)[:, :, None]
-            y = torch.addcmul(y, shifted, self.weight[j])
-        return y
+            y = torch.addcmul(y, shifted, weight[j])
+    return y if heads is None else finished(y, heads, unit)
+
+
+def finished(y: Tensor, heads: int, unit: bool) -> Tensor:
+    """SiLU and, with `unit`, length 1 in each head: [B, L, H d] -> [B, H, L, d], in that order for the scan."""
+    y = F.silu(y).unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
+    return F.normalize(y, dim=-1, eps=1e-6) if unit else y
 
 
 def key_start(shape: MemoryShape) -> tuple[float, ...]:
@@ -85,8 +105,11 @@ def convolve(
     tails: Three,
     positions: Tensor | None,
     across: Neighbours | None,
+    heads: int,
+    unit: Sequence[bool],
 ) -> tuple[Three, Three]:
-    """Of a memory's q, k and v: what the convolutions make of them, and the tails that go on to the right.
+    """Of a memory's q, k and v: what the convolutions make of them, finished ([B, H, L, d], `unit` for each), and the
+    tails that go on to the right.
 
     across: given, these are a shard's tokens, and `tails` those before the first shard.
     """
@@ -95,5 +118,6 @@ def convolve(
     if across is not None and convolutions[0].taps > 1:
         q = across.send("tails", q, after)
         tails = tuple(across.receive("tails", tails))  # type: ignore[assignment]
-    made = tuple(c(x, t, positions) for c, x, t in zip(convolutions, (q, k, v), tails, strict=True))
+    each = zip(convolutions, (q, k, v), tails, unit, strict=True)
+    made = tuple(c(x, t, positions, heads, one) for c, x, t, one in each)
     return made, after  # type: ignore[return-value]

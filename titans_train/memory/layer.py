@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_train.memory.convolution import CausalConvolution, convolve, document_positions, key_start
@@ -69,7 +68,7 @@ class NeuralMemory(nn.Module):
         self.heads, self.head_dim = parts.share(shape.heads), shape.head_dim
 
         def convolution(*start: float) -> CausalConvolution:
-            return CausalConvolution(shape.width, m.convolution, parts, start)
+            return CausalConvolution(shape.width, m.convolution, parts, start, shape.compile)
 
         self.q_conv, self.k_conv, self.v_conv = convolution(1.0), convolution(*key_start(m)), convolution(1.0)
         biases = gate_biases(m)
@@ -117,17 +116,10 @@ class NeuralMemory(nn.Module):
         memory = self.initial_memory() if memory is None else memory
         return MemoryLayerState(memory.expand(x.shape[0]), self.empty_tails(x))
 
-    def split(self, x: Tensor) -> Tensor:
-        """[B, L, H d] -> [B, H, L, d]"""
-        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-
     def query(self, q: Tensor, tail: Tensor, positions: Tensor | None) -> Tensor:
         """l2-normalised queries [B, H, L, d] of projected ones [B, L, H d]."""
-        return self._unit(self.q_conv(q, tail, positions))
-
-    def _unit(self, x: Tensor) -> Tensor:
-        """Of a convolution's output, [B, L, H d] -> [B, H, L, d]"""
-        return F.normalize(self.split(F.silu(x)), dim=-1, eps=1e-6)
+        y: Tensor = self.q_conv(q, tail, positions, self.heads, unit=True)
+        return y
 
     def read(self, q: Tensor, memory: MemoryState, tail: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Reads without writing (MAC's h): heads [B, L, H, d], and the query convolution's new tail."""
@@ -170,9 +162,10 @@ class NeuralMemory(nn.Module):
         """
         positions = document_positions(document_starts)
         inputs = [given["memory_q"], given["memory_k"], given["memory_v"]]
-        convolved, tails = convolve([self.q_conv, self.k_conv, self.v_conv], inputs, state.tails, positions, across)
-        q, k = self._unit(convolved[0]), self._unit(convolved[1])
-        v = self._unit(convolved[2]) if self.shape.normalize_values else self.split(F.silu(convolved[2]))
+        (q, k, v), tails = convolve(
+            [self.q_conv, self.k_conv, self.v_conv], inputs, state.tails, positions, across, self.heads,
+            unit=(True, True, self.shape.normalize_values),
+        )  # fmt: skip
         alpha, eta, theta = self.gate_values(given)
         surprises: list[Tensor] | None = [] if record and self.records is not None else None
         gain, bias = self.gain_and_bias()

@@ -55,7 +55,7 @@ class Attention:
 
     def __init__(self, shape: ModelShape, parts: Parts) -> None:
         self.heads, self.head_dim = parts.share(shape.heads), shape.head_dim
-        self.window, self.base = shape.attention.window, shape.attention.rope_base
+        self.window, self.base, self.compile = shape.attention.window, shape.attention.rope_base, shape.compile
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
@@ -82,7 +82,7 @@ class Attention:
         state = self.initial_state(x, across.reach(self.window)) if state is None else state
         first = state.position + across.position
         plain, v = self.split(x), self.split(given["v"])
-        k = rotate(self.split(given["k"]), first, self.base)
+        k = rotate(self.split(given["k"]), first, self.base, self.compile)
         ready = self.window is not None and self.window - 1 <= k.shape[2]  # what goes on is of these tokens alone
         before = state if ready else self._before(across, state, first)
         after = self._after(before, k, v, document_starts, first)
@@ -91,7 +91,7 @@ class Attention:
             before = self._before(across, state, first)
         keys, values = torch.cat([before.keys.to(k.dtype), k], 2), torch.cat([before.values.to(v.dtype), v], 2)
         documents = _document_ids(before.valid, document_starts, k.shape[2])
-        q, fixed = rotate(plain, first, self.base), self.persistent(persistent)
+        q, fixed = rotate(plain, first, self.base, self.compile), self.persistent(persistent)
         if self.window is None:
             y = full_attention(q, plain, keys, values, documents, fixed)
         else:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_train.memory.layer import Inputs, MemoryLayerState, NeuralMemory, memory_sections
@@ -19,7 +18,14 @@ from titans_train.memory.learned import Learned
 from titans_train.memory.peers.layer import PeerMemory
 from titans_train.memory.state import MemoryState
 from titans_train.models.attention import Attention, AttentionState, attention_sections
-from titans_train.models.layers import FeedForward, HeadNorm, RMSNorm
+from titans_train.models.layers import (
+    FeedForward,
+    HeadNorm,
+    RMSNorm,
+    normed_times_silu,
+    silu_normed,
+    silu_normed_times,
+)
 from titans_train.models.neighbours import UNCUT, Neighbours
 from titans_train.models.parts import Parts
 from titans_train.shape import ModelShape
@@ -97,7 +103,7 @@ class Block(nn.Module):
         width, eps = shape.width, shape.norm_eps
         self.norm = RMSNorm(width, eps, parts)
         self.feed_forward_norm = RMSNorm(width, eps, parts)
-        self.feed_forward = FeedForward(width, shape.feed_forward, shape.initializer_std, output_std(shape), parts)
+        self.feed_forward = FeedForward(shape, output_std(shape), parts)
         count = shape.attention.persistent_tokens if shape.has_memory else 0
         self.persistent = Learned(parts.parameter(torch.randn(count, width), None)) if count else None
 
@@ -148,11 +154,11 @@ class MemoryMixer(nn.Module):
         sections = {**memory_sections(shape), "gate": shape.width}
         self.project = parts.columns(shape.width, sections, shape.initializer_std)
         self.branch = MemoryBranch(shape, parts)
-        self.head_norm = HeadNorm(shape.heads, shape.head_dim, shape.norm_eps, parts)
+        self.head_norm = HeadNorm(shape, parts)
         self.out = parts.rows(shape.width, shape.width, output_std(shape))
 
     def gated(self, heads: Tensor, given: Inputs) -> Tensor:
-        return self.head_norm(heads).flatten(2) * F.silu(given["gate"])
+        return self.head_norm(heads, given["gate"], function=normed_times_silu)
 
     def forward(
         self,
@@ -196,13 +202,13 @@ class Gating(nn.Module):
         super().__init__()
         assert shape.memory is not None
         self.both = shape.memory.gate == "both"
-        self.left = HeadNorm(shape.heads, shape.head_dim, shape.norm_eps, parts)
-        self.right = HeadNorm(shape.heads, shape.head_dim, shape.norm_eps, parts)
+        self.left = HeadNorm(shape, parts)
+        self.right = HeadNorm(shape, parts)
 
     def forward(self, attended: Tensor, remembered: Tensor) -> Tensor:
         """[B, L, H, d] twice -> [B, L, H d]"""
-        y = self.left(attended)
-        return ((F.silu(y) if self.both else y) * F.silu(self.right(remembered))).flatten(2)
+        y = self.left(attended, function=silu_normed if self.both else None)
+        return self.right(remembered, y, function=silu_normed_times)
 
 
 class MAGBlock(Block):

@@ -82,7 +82,7 @@ class MACBlock(Block):
         self.attention = Attention(shape, parts)
         self.attention_out = parts.rows(shape.width, shape.width, shape.initializer_std)
         self.memory = NeuralMemory(shape, parts)
-        self.read_norm = HeadNorm(shape.heads, shape.head_dim, shape.norm_eps, parts)
+        self.read_norm = HeadNorm(shape, parts)
         self.gating = Gating(shape, parts)
         self.out = parts.rows(shape.width, shape.width, output_std(shape))
 
@@ -187,7 +187,7 @@ class MACBlock(Block):
             return torch.cat([old.to(new.dtype), new], 2)
 
         def keys(of: Inputs) -> Tensor:
-            return rotate(a.split(of["k"]), state.position, a.base)
+            return rotate(a.split(of["k"]), state.position, a.base, a.compile)
 
         return replace(
             state,
@@ -201,7 +201,7 @@ class MACBlock(Block):
         """Rows of x over [P | h | x], causal in both: heads [B, T, H, d]."""
         a, first = self.attention, state.position
         plain = a.split(given["q"])
-        q = with_persistent(rotate(plain, first, a.base), plain, fixed)
+        q = with_persistent(rotate(plain, first, a.base, a.compile), plain, fixed)
         index = torch.arange(first + plain.shape[2], device=q.device)
         causal = index <= index[first:, None]
         mask = torch.cat([causal, causal], 1)[None]

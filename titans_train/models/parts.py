@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titans_train.models.cross_entropy import token_losses
 from titans_train.models.neighbours import UNCUT, Neighbours
 
 Way = Literal["tokens", "whole", "heads", "fixed"]
@@ -62,7 +63,7 @@ class Parts(Protocol):
 
     def token_scores(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """As above -> cross-entropies [N], 0 where ignored; and whether the likeliest token (of equals the first) is
-        the label, [N] bool. Uses the logits up."""
+        the label, [N] bool."""
 
     def sequences_of(self, length: int) -> AbstractContextManager[None]:
         """Within, whole sequences have so many tokens; over shards, of which each has an equal share."""
@@ -119,9 +120,14 @@ class Table(nn.Module):
     def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
         if not as_head:
             return F.embedding(x.flatten(), self.weight)
-        logits = F.linear(x, self.weight)
-        logits[:, self.vocabulary :] = -torch.inf
-        return logits
+        return without_padding(F.linear(x, self.weight), self.vocabulary)
+
+
+def without_padding(logits: Tensor, vocabulary: int) -> Tensor:
+    """In place: -inf from there on. Their gradient is 0 by itself, so that autograd need not know, and copy it."""
+    with torch.no_grad():
+        logits[:, vocabulary:] = -torch.inf
+    return logits
 
 
 class SingleDevice:
@@ -152,13 +158,10 @@ class SingleDevice:
         return Table(vocabulary, padded, width, std)
 
     def cross_entropy_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(wide, labels, reduction="sum", ignore_index=-100)
+        return token_losses(logits, labels).sum()
 
     def token_scores(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(wide, labels, reduction="none", ignore_index=-100)
-        return losses, wide.argmax(-1) == labels
+        return token_losses(logits, labels), logits.argmax(-1) == labels
 
     def sequences_of(self, length: int) -> AbstractContextManager[None]:
         return nullcontext()

@@ -1,4 +1,4 @@
-"""The one adapter to megatron-core's layers: its parallel linears, vocabulary embedding and cross-entropy.
+"""The one adapter to megatron-core's layers: its parallel linears and vocabulary embedding.
 
 With sequence parallelism each rank holds N / T of the N tokens of the residual stream, a contiguous share of the flat,
 batch-major stream, so that no axis is moved. Collectives over the T tensor-parallel ranks, per call:
@@ -34,12 +34,12 @@ from megatron.core.tensor_parallel import (
     all_gather_last_dim_from_tensor_parallel_region,
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
-    vocab_parallel_cross_entropy,
 )
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor, nn
 
-from titans_train.models.parts import Sections, Way, named, take
+from titans_train.models.cross_entropy import token_losses
+from titans_train.models.parts import Sections, Way, named, take, without_padding
 
 
 def _config(weight: Tensor, ranks: dist.ProcessGroup, sequence_parallel: bool) -> ModelParallelConfig:
@@ -120,23 +120,23 @@ class Table(VocabParallelEmbedding):
     def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
         if not as_head:  # [1, N] -> [1, N, D], or a share [N / T, 1, D]
             return super().forward(x.reshape(1, -1)).flatten(0, 1)
-        logits = self.to_logits(x, self.weight)
-        logits[:, self.first_padding :] = -torch.inf
-        return logits
+        return without_padding(self.to_logits(x, self.weight), self.first_padding)
 
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """parts.cross_entropy_sum of logits [N, share], in float32."""
-    losses = vocab_parallel_cross_entropy(logits, labels.clamp_min(0))
-    return (losses * (labels >= 0)).sum()
+def losses_of(logits: Tensor, labels: Tensor, ranks: dist.ProcessGroup) -> Tensor:
+    """Cross-entropies [N] of logits [N, share]. (Megatron's own makes a float32 copy of them.)"""
+
+    def combine(x: Tensor, how: str) -> None:
+        dist.all_reduce(x, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, group=ranks)
+
+    return token_losses(logits, labels, ranks.rank() * logits.shape[1], combine)
 
 
 def token_scores(logits: Tensor, labels: Tensor, ranks: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """parts.token_scores of logits [N, share], losses in float32."""
+    """parts.token_scores of logits [N, share]."""
     best, place = logits.max(-1)
     most = best.float().contiguous()
     dist.all_reduce(most, dist.ReduceOp.MAX, group=ranks)
     first = torch.where(best.float() == most, place + ranks.rank() * logits.shape[-1], torch.iinfo(torch.int64).max)
     dist.all_reduce(first, dist.ReduceOp.MIN, group=ranks)
-    losses = vocab_parallel_cross_entropy(logits, labels.clamp_min(0))  # works in place
-    return losses * (labels >= 0), first == labels
+    return losses_of(logits, labels, ranks), first == labels

@@ -111,7 +111,7 @@ class TensorParallel:
         return self.layers.Table(self.cut(torch.randn(padded, width) * std, 0), vocabulary, **self.options)
 
     def cross_entropy_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self.layers.cross_entropy_sum(logits, labels)
+        return self.layers.losses_of(logits, labels, self.options["ranks"]).sum()
 
     def token_scores(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return self.layers.token_scores(logits, labels, self.options["ranks"])

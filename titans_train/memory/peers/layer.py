@@ -56,7 +56,7 @@ class PeerMemory(nn.Module):
         self.shape, m = shape.memory, shape.memory
         self.heads, self.head_dim = parts.share(shape.heads), shape.head_dim
         starts = ((1.0,), key_start(m), (1.0,))
-        convolutions = (CausalConvolution(shape.width, m.convolution, parts, start) for start in starts)
+        convolutions = (CausalConvolution(shape.width, m.convolution, parts, start, shape.compile) for start in starts)
         self.q_conv, self.k_conv, self.v_conv = convolutions
         constants = shape.peer_constants()
         self.names = list(constants)
@@ -90,8 +90,9 @@ class PeerMemory(nn.Module):
         """As `NeuralMemory.forward`; a document starts from nothing, whatever `document_memory` says."""
         inputs = [given["memory_q"], given["memory_k"], given["memory_v"]]
         convolutions, positions = [self.q_conv, self.k_conv, self.v_conv], document_positions(document_starts)
-        convolved, tails = convolve(convolutions, inputs, state.tails, positions, across)
-        q, k, v = (self._split(F.silu(x)) for x in convolved)
+        (q, k, v), tails = convolve(
+            convolutions, inputs, state.tails, positions, across, self.heads, unit=(False, False, False)
+        )
         constants = {name: x.to(q.dtype) for name, x in zip(self.names, self.constants(), strict=True)}
         gates = {name: given[name].to(q.dtype) for name in given if name in ("beta", "decay", "rate")}
         before = tuple(w.to(q.dtype) for w in state.memory.weights)
