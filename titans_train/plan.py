@@ -229,6 +229,7 @@ def resolve_shape(config: RunConfig) -> ModelShape:
             residual=block == "mac" and a.residual,
             persistent_tokens=0 if block == "transformer" or memory.rule != "titans" else a.persistent_tokens,
             rope_base=float(a.rope_base),
+            kernels=a.kernels,
         ),
         compile=config.model.compile,
     )

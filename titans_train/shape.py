@@ -72,6 +72,7 @@ class AttentionShape:
     residual: bool  # MAC: what is written is x + attended; False: attended alone
     persistent_tokens: int
     rope_base: float
+    kernels: str = "auto"  # "auto", "plain" or "flex": how windows and documents are computed; not stored
 
 
 def beyond_kernels(depth: int, chunk: int, width: int, exact: bool) -> list[tuple[str, int, int]]:
@@ -116,7 +117,7 @@ class ModelShape:
     def to_dict(self) -> dict[str, Any]:
         """Without what says how, not what, is computed: a run may go on, and a model be used, on another machine."""
         out = asdict(self)
-        del out["compile"]
+        del out["compile"], out["attention"]["kernels"]
         if self.memory is not None:
             del out["memory"]["kernels"], out["memory"]["peer_kernels"]
         return out

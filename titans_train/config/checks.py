@@ -174,16 +174,20 @@ def rule(config: RunConfig) -> Iterator[Problem]:
 
 
 def kernels(config: RunConfig) -> Iterator[Problem]:
-    """What the Titans memory's own kernels do not take."""
-    memory = config.memory
-    if config.model.block == "transformer" or memory.rule != "titans" or memory.kernels != "triton":
+    """What kernels do not take that are asked for."""
+    memory, attention = config.memory, config.attention.kernels
+    if attention == "flex" and config.model.block == "mac":
+        yield Problem("attention.kernels", "flex, but MAC's segments are attended to with masks", "use auto or plain")
+    if config.model.block == "transformer" or memory.rule != "titans":
+        return
+    if memory.kernels in ("compiled", "triton") and memory.forget_to == "start":
+        yield Problem("memory.kernels", f"{memory.kernels}, whose kernels forget to zero only", "use auto or plain")
+    if memory.kernels != "triton":
         return
     width = config.model.width // config.model.heads
     for what, given, most in beyond_kernels(memory.depth, memory.chunk_size, width, config.run.dtype == "float32"):
         message = f"triton, whose kernels take {what} of at most {most}; here it is {given}"
         yield Problem("memory.kernels", message, "use auto or plain")
-    if memory.forget_to == "start":
-        yield Problem("memory.kernels", "triton, whose kernels forget to zero only", "use auto or plain")
 
 
 def tensor(config: RunConfig) -> Iterator[Problem]:

@@ -81,6 +81,9 @@ class Attention(Section):
     residual: bool = Field(default=True, description="MAC writes x + attended; false: attended alone, as in the paper")
     persistent_tokens: int = Field(default=4, ge=0, le=4096, description="none with others' memory.rule")
     rope_base: float = Field(default=10000.0, gt=1)
+    kernels: Literal["auto", "plain", "flex"] = Field(
+        default="auto", description="plain: PyTorch's with masks; flex: FlexAttention, on a GPU, no MAC; auto: plain"
+    )
 
 
 class Parallel(Section):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titans_train.memory.layer import Inputs
+from titans_train.models import flex
 from titans_train.models.layers import rotate, turn
 from titans_train.models.neighbours import UNCUT, Neighbours
 from titans_train.models.parts import Parts
@@ -56,6 +57,7 @@ class Attention:
     def __init__(self, shape: ModelShape, parts: Parts) -> None:
         self.heads, self.head_dim = parts.share(shape.heads), shape.head_dim
         self.window, self.base, self.compile = shape.attention.window, shape.attention.rope_base, shape.compile
+        self.flex = shape.attention.kernels == "flex"
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
@@ -92,7 +94,9 @@ class Attention:
         keys, values = torch.cat([before.keys.to(k.dtype), k], 2), torch.cat([before.values.to(v.dtype), v], 2)
         documents = _document_ids(before.valid, document_starts, k.shape[2])
         q, fixed = rotate(plain, first, self.base, self.compile), self.persistent(persistent)
-        if self.window is None:
+        if self.flex and q.device.type == "cuda":
+            y = flex.attend(q, plain, keys, values, documents, fixed, self.window)
+        elif self.window is None:
             y = full_attention(q, plain, keys, values, documents, fixed)
         else:
             y = window_attention(q, plain, keys, values, documents, fixed, self.window)

@@ -29,7 +29,7 @@ FREE = {
     "data.cache_limit_gib", "data.timeout_seconds", "data.remote_timeout_seconds", "data.path", "data.sources",
     "data.weights_from", "training.steps", "training.global_batch_size", "training.micro_batch_size",
     "training.activation_checkpointing", "training.skip_nonfinite", "evaluation", "memory.kernels",
-    "memory.peer_kernels", "model.compile",
+    "memory.peer_kernels", "model.compile", "attention.kernels",
 }  # fmt: skip
 
 
