@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs with the extra "test", and SLURM where it can (install_slurm.sh); then runs ruff, mypy and pytest. All three
-# run, each failure counts, and the last lines name them.
+# Installs with the extra "test", SLURM and a C++ compiler where it can (install_system.sh); then runs ruff, mypy and
+# pytest. All three run, each failure counts, and the last lines name them.
 # Usage: test.sh [--all] [pytest arguments]    --all: the long tests too
 # Without pytest arguments the tests that mostly wait, for SLURM and for killed runs, run beside the others.
 set -euo pipefail
@@ -10,7 +10,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 cd -- "$ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 prepare_environment test
-bash launchers/install_slurm.sh || true # says why not; the tests that need it are then skipped
+bash launchers/install_system.sh || true # says why not; the tests that need it are then skipped
 
 WAITING=(tests/slurm tests/fault_table)
 status=0 waiting="" logs="$(mktemp -d)"

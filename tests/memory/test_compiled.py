@@ -139,3 +139,24 @@ def test_a_source_that_does_not_compile_says_what_the_compiler_said(
         assert [f.name for f in tmp_path.iterdir() if f.suffix == ".so"] == []  # nothing that another would load
     finally:
         compiled.why_not.cache_clear()
+
+
+@pytest.mark.parametrize("chunk,products,flops", [(16, 14.9375, 6_062_080), (64, 3.734375, 7_045_120)])
+def test_it_takes_no_more_products_or_flops_than_it_did(chunk: int, products: float, flops: float) -> None:
+    """Per token of 4 heads of 64, hidden 256, 2 layers, a state every 16 chunks; no clock. The bounds are those of
+    tests/benchmark/test_counts.py. (Without recomputation: 66 d h + 12 b (d + h) per head.)
+    """
+    heads, d, hidden, length = 4, 64, 256, 1024
+
+    def rows(*shape: int) -> Tensor:
+        return torch.rand(1, heads, length, *shape, requires_grad=True)
+
+    weights = tuple(torch.randn(1, heads, a, b) * a**-0.5 for a, b in ((d, hidden), (hidden, d)))
+    state = MemoryState.start(tuple(w.requires_grad_() for w in weights))
+    norm = {name: torch.rand(heads, d, requires_grad=True) for name in ("gain", "bias")}
+    given = [rows(d), rows(d), rows(d), rows(), rows(), rows()]
+    scan(*given, state, chunk_size=chunk, **norm)[0].sum()  # built
+    before = torch.ops.titans_train.scan_work()
+    scan(*given, state, chunk_size=chunk, **norm)[0].sum().backward()
+    made, done = ((after - b) / length for after, b in zip(torch.ops.titans_train.scan_work(), before, strict=True))
+    assert 0.9 * products <= made <= 1.5 * products and 0.9 * flops <= done <= 1.5 * flops

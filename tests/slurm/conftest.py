@@ -15,7 +15,7 @@ from tests.torchrun import ROOT
 def whole_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     if missing := missing_programs():
         pytest.skip(
-            f"SLURM is not installed ({', '.join(missing)}); launchers/install_slurm.sh says why, or installs it"
+            f"SLURM is not installed ({', '.join(missing)}); launchers/install_system.sh says why, or installs it"
         )
     with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
         cluster.environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

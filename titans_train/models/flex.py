@@ -44,7 +44,7 @@ def attend(
         return inside if documents is None else inside & (documents[b, query + cached] == documents[b, key])
 
     blocks = visible_blocks(q.shape[2], keys.shape[2], window, q.device, seen, documents is None)
-    function: Callable[..., Any] = _compiled() if q.device.type == "cuda" else flex_attention
+    function: Any = _compiled() if q.device.type == "cuda" else flex_attention
     y, aux = function(q, keys, values, block_mask=blocks, scale=scale, return_aux=AuxRequest(lse=True))
     if fixed is None:
         return y

@@ -4,6 +4,7 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -59,10 +60,15 @@ void copy(const Matrix<T>& from, const Matrix<T>& to) {
     for (int r = 0; r < rows; r++) std::copy(from.row(r), from.row(r) + cols, to.row(r));
 }
 
+// Products and their FLOPs since this library was loaded: for a check that no clock disturbs.
+inline std::atomic<int64_t> products_made{0}, flops_made{0};
+
 // c = alpha a b + beta c. The BLAS is slow where b is flipped, and quick to be given it turned.
 template <class T>
 void product(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& c, T alpha = 1, T beta = 0) {
     if (c.flipped) return product(b.t(), a.t(), c.t(), alpha, beta);
+    products_made.fetch_add(1, std::memory_order_relaxed);
+    flops_made.fetch_add(2 * c.size() * a.cols, std::memory_order_relaxed);
     const T* right = b.at;
     int stride = b.stride;
     if (b.flipped) {

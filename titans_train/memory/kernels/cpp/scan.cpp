@@ -244,9 +244,12 @@ void backward(Tensor q, Tensor k, Tensor v, Tensor keep, Maybe eta, Tensor theta
     });
 }
 
+std::vector<int64_t> work() { return {products_made.load(), flops_made.load()}; }
+
 }  // namespace titans
 
 TORCH_LIBRARY(titans_train, m) {
+    m.def("scan_work() -> int[]", titans::work);  // products, and their FLOPs, so far
     const std::string call =
         "(Tensor q, Tensor k, Tensor v, Tensor keep, Tensor? eta, Tensor theta, Tensor? starts, Tensor[] document, "
         "Tensor? gain, Tensor? bias, int start, int chunks, int size, bool gelu, float eps, ";
