@@ -23,6 +23,10 @@ from titans_train.plan_sequence import SequencePlan, plan_sequence
 from titans_train.shape import AttentionShape, MemoryShape, ModelShape
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+SCANS = {  # by memory.kernels
+    "auto": "compiled C++ on a CPU, plain PyTorch on a GPU", "plain": "plain PyTorch", "compiled": "compiled C++",
+    "triton": "Triton kernels",
+}  # fmt: skip
 
 
 class PlanError(ConfigError):
@@ -106,16 +110,18 @@ class Plan:
         lines.append(
             f"model       {s.block}: {s.layers} layers, width {s.width}, {s.heads} heads of {s.head_dim}, "
             f"feed-forward {s.feed_forward}, vocabulary {s.vocabulary}{', tied head' if s.tied_head else ''}"
+            f"{', element-wise parts by torch.compile' if s.compile else ''}"
         )
         if s.memory is not None:
             m = s.memory
             own = f"depth {m.depth}, hidden {m.hidden}, theta up to {m.theta_max:.3g}, a state kept every"
-            what = f"{own} {m.store_every} chunks" if m.rule == "titans" else f"rule {m.rule}"
+            what = f"{own} {m.store_every} chunks; scan: {SCANS[m.kernels]}" if m.rule == "titans" else f"rule {m.rule}"
             lines.append(f"memory      chunk {m.chunk_size}, {what}")
         if s.has_attention:
             a = s.attention
             reach = f"segment {a.segment}" if a.segment is not None else f"window {a.window or 'all'}"
-            lines.append(f"attention   {reach}, {a.persistent_tokens} persistent tokens")
+            by = ", FlexAttention" if a.kernels == "flex" else ""
+            lines.append(f"attention   {reach}, {a.persistent_tokens} persistent tokens{by}")
         batch = f"{t.global_batch_size} sequences x {t.sequence_length} tokens = {self.tokens_per_step:,} tokens"
         keep, disk = c.checkpoint, self.checkpoint_bytes
         kept = keep.keep + keep.keep_best + (t.steps // keep.keep_every if keep.keep_every else 0)

@@ -115,8 +115,13 @@ class Launch:
             segment.start, segment.chunks, segment.size, isinstance(seq.act, Gelu), NORM_EPS,
         ]  # fmt: skip
 
-    def forward(self, weights: list[Tensor], momentum: list[Tensor], y: Tensor) -> None:
-        torch.ops.titans_train.scan_forward(*self._call(), [*weights, *momentum], y)
+    def forward(
+        self, weights: list[Tensor], momentum: list[Tensor], y: Tensor, surprises: list[Tensor] | None = None
+    ) -> None:
+        found = None if surprises is None else torch.empty_like(self.seq.theta)
+        torch.ops.titans_train.scan_forward(*self._call(), [*weights, *momentum], y, found)
+        if surprises is not None and found is not None:
+            surprises += [found[:, span] for span in self.segment.spans()]
 
     def backward(
         self, weights: list[Tensor], momentum: list[Tensor], d_y: Tensor, adjoints: Callable[[], Adjoints],

@@ -129,6 +129,20 @@ void inner_gradients(const Options<T>& o, const Norm<T>& norm, const Matrix<T>& 
     }
 }
 
+// Norm of each token's inner gradient over all layers, sqrt(sum_l |x_l|^2 |delta_l|^2): to [T]. working: [2 T]
+template <class T>
+void surprise(const Options<T>& o, const Inner<T>& s, T* working, T* to) {
+    const int tokens = s.x[0].rows;
+    std::fill(to, to + tokens, T(0));
+    for (int l = 0; l < o.depth(); l++) {
+        std::fill(working, working + 2 * tokens, T(0));
+        add_row_sums(s.x[l], s.x[l], T(1), working, 1);
+        add_row_sums(s.delta[l], s.delta[l], T(1), working + tokens, 1);
+        for (int t = 0; t < tokens; t++) to[t] += working[t] * working[tokens + t];
+    }
+    for (int t = 0; t < tokens; t++) to[t] = std::sqrt(to[t]);
+}
+
 // The causal read of every token: y_out [T, d].
 template <class T, class Activation>
 void chunk_read(const Options<T>& o, const Norm<T>& norm, const Coefficients<T>& c, const Matrix<T>& q,

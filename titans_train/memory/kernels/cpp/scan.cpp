@@ -107,13 +107,15 @@ struct ForwardSpace {
     Coefficients<T> c;
     Inner<T> inner;
     Read<T> read;
+    Matrix<T> squares;
 
     ForwardSpace(Arena<T>& arena, const Options<T>& o, int tokens)
-        : at(arena, o), c(arena, tokens), inner(arena, o, tokens), read(arena, o, tokens) {}
+        : at(arena, o), c(arena, tokens), inner(arena, o, tokens), read(arena, o, tokens),
+          squares(arena.matrix(2, tokens)) {}
 };
 
 template <class T, class Activation>
-void forward_rows(const Call& call, const Tensors& state, const Tensor& y) {
+void forward_rows(const Call& call, const Tensors& state, const Tensor& y, const Maybe& surprises) {
     const Options<T> o = options<T>(call, state);
     Arena<T> counted;
     ForwardSpace<T>(counted, o, call.size);
@@ -126,6 +128,7 @@ void forward_rows(const Call& call, const Tensors& state, const Tensor& y) {
             if (row.starts(j)) at.take(document);
             row.fill(space.c, j);
             inner_gradients<T, Activation>(o, norm, row.tokens(call.k, j), row.tokens(call.v, j), at, space.inner);
+            if (surprises) surprise(o, space.inner, space.squares.at, row.gates(surprises, j));
             chunk_read<T, Activation>(
                 o, norm, space.c, row.tokens(call.q, j), at, space.inner, space.read, row.tokens(y, j));
             chunk_update(o, space.c, space.inner, at, at, space.read.scaled);
@@ -226,10 +229,10 @@ void chosen(const Call& call, F f) {
 
 void forward(Tensor q, Tensor k, Tensor v, Tensor keep, Maybe eta, Tensor theta, Maybe starts, Tensors document,
              Maybe gain, Maybe bias, int64_t start, int64_t chunks, int64_t size, bool gelu, double eps, Tensors state,
-             Tensor y) {
+             Tensor y, Maybe surprises) {
     const Call call{q, k, v, keep, eta, theta, starts, document, gain, bias, start, chunks, size, gelu, eps};
     chosen(call, [&](auto number, auto activation) {
-        forward_rows<decltype(number), decltype(activation)>(call, state, y);
+        forward_rows<decltype(number), decltype(activation)>(call, state, y, surprises);
     });
 }
 
@@ -253,7 +256,7 @@ TORCH_LIBRARY(titans_train, m) {
     const std::string call =
         "(Tensor q, Tensor k, Tensor v, Tensor keep, Tensor? eta, Tensor theta, Tensor? starts, Tensor[] document, "
         "Tensor? gain, Tensor? bias, int start, int chunks, int size, bool gelu, float eps, ";
-    m.def(("scan_forward" + call + "Tensor(a!)[] state, Tensor(b!) y) -> ()").c_str(), titans::forward);
+    m.def(("scan_forward" + call + "Tensor(a!)[] state, Tensor(b!) y, Tensor(c!)? surprises) -> ()").c_str(), titans::forward);
     m.def(("scan_backward" + call +
            "Tensor[] stored, Tensor d_y, Tensor(a!)[] adj, Tensor(b!) d_q, Tensor(c!) d_k, Tensor(d!) d_v, "
            "Tensor(e!) d_keep, Tensor(f!)? d_eta, Tensor(g!) d_theta, Tensor(h!)? d_gain, Tensor(i!)? d_bias, "
