@@ -14,6 +14,7 @@ from titans_train.benchmark.schedule import Job, Times, simulate
 from titans_train.plan import make_plan
 from titans_train.plan_sequence import (
     ENOUGH,
+    MULTIPROCESSORS,
     SequencePlan,
     Work,
     affine_flops,
@@ -57,6 +58,28 @@ def test_pieces_are_as_many_as_pay() -> None:
         w = work(big(), 65536, 8)
         other = [efficiency(w, 24, 8, 4, g, 1, rows=rows) for g in range(1, 17)]
         assert plan.efficiency == max(other) and plan.pieces == 1 + other.index(max(other))
+
+
+@pytest.mark.parametrize(("sequences", "most"), [(1, 1), (8, 1), (16, 1), (17, 2), (66, 8)])
+def test_pieces_of_triton_s_kernels_fill_a_gpu(sequences: int, most: int) -> None:
+    """16 heads: 8 sequences are 128 rows, a little less than there are multiprocessors."""
+    plan = planned(big(kernels="triton"), sequences=sequences)
+    assert plan.pieces <= most and (plan.pieces > 1) == (most > 1)
+    rows = 16 * sequences
+    assert ("rows (batch x heads)" in plan.reason) == (rows < MULTIPROCESSORS)
+    asked = planned(big(kernels="triton"), sequences=sequences, pieces=16, wave=1)
+    if rows < MULTIPROCESSORS:  # a piece takes as long as all rows
+        w = work(big(), 65536, 8)
+        assert asked.efficiency < plan.efficiency <= efficiency(w, 24, 8, 4, 1, plan.wave)
+
+
+def test_fewer_rows_than_multiprocessors_take_as_long_as_one() -> None:
+    w = work(big(), 65536, 8)
+    whole, halves = (efficiency(w, 24, 8, 4, g, 1, rows=264, programs=264) for g in (1, 2))
+    assert halves == efficiency(w, 24, 8, 4, 2, 1) > whole  # nothing is lost
+    ideal = 4 * (24 * w.both + 3 * w.head)
+    time = ideal + w.waiting * (4 * 24 + 4 * 7)  # two pieces take twice as long: nobody waits less, all compute twice
+    assert efficiency(w, 24, 8, 4, 2, 1, rows=16, programs=16) == pytest.approx(ideal / time)
 
 
 def test_waves_grow_only_where_pieces_do_not_suffice() -> None:

@@ -18,6 +18,9 @@ MOST_PIECES, LONGEST_WAVE = 16, 8
 # Each further piece costs a scan as much as so many more rows, for it repeats every chunk's small operations: measured
 # by `benchmark sequence compute` (8 rows of 64 x 256, chunk 64, on a CPU: 2 pieces +5 to +15 %, 4 +31 to +40 %).
 PIECE_ROWS = 0.9
+# Triton's kernels walk over the chunks with one program per row (batch x heads), and a program fills a multiprocessor
+# (all its registers): fewer rows than these take as long as one. An H100's and an H200's, by NVIDIA's data sheet.
+MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -97,18 +100,23 @@ def efficiency(
     affine: bool = False,
     blocked: bool = False,
     rows: float = float("inf"),
+    programs: int | None = None,
 ) -> float:
-    """M (N (f + b) + head) / T, with T = M (N (f + b) + head) + (M N (G - 1) c + ceil(M / K) (P - 1) / G) (s_f + s_b).
+    """M (N (f + b) + head) / T, with T = M (N (f + b) + head) + (M N c + ceil(M / K) (P - 1) (1 + c) / G) (s_f + s_b).
 
-    c = PIECE_ROWS / rows; a message's latency is not counted. affine: no waiting, more work. blocked: all shards meet
-    in every layer and direction, so that each waits for the whole wavefront: M N in place of ceil(M / K).
+    c, what G pieces cost more than one: (G - 1) PIECE_ROWS / rows; with Triton's kernels what they leave idle, given
+    `programs`, theirs for all pieces. A message's latency is not counted. affine: no waiting, more work. blocked: all
+    shards meet in every layer and direction, so that each waits for the whole wavefront: M N in place of ceil(M / K).
     """
     ideal = micro_batches * (layers * w.both + 3 * w.head)
     time = ideal + micro_batches * layers * 3 * (w.slowest - w.layer)
     if affine:
         return ideal / (time + micro_batches * layers * w.affine)
     waits = micro_batches * layers if blocked else -(-micro_batches // wave)
-    cost = (pieces - 1) * PIECE_ROWS / rows
+    if programs is None:
+        cost = (pieces - 1) * PIECE_ROWS / rows
+    else:
+        cost = max(programs, pieces * MULTIPROCESSORS) / max(programs, MULTIPROCESSORS) - 1
     time += w.waiting * (micro_batches * layers * cost + waits * (shards - 1) * (1 + cost) / pieces)
     return ideal / time
 
@@ -131,11 +139,14 @@ def plan_sequence(
         return SequencePlan(1, length, "wavefront", 1, wave or 1, 1.0, "the sequence is whole")
     w = work(shape, length, shards)
     rows = sequences * (1 if shape.block == "mac" else shape.heads // tensor)
+    programs = None
     if shape.memory is not None and shape.memory.rule != "titans":
         rows = 1  # the state is handed on whole
+    elif shape.memory is not None and shape.memory.kernels == "triton":
+        programs = sequences * shape.heads // tensor
 
     def predicted(pieces: int, wave: int, affine: bool = False, blocked: bool = False) -> float:
-        options = {"affine": affine, "blocked": blocked, "rows": rows}
+        options = {"affine": affine, "blocked": blocked, "rows": rows, "programs": programs}
         return efficiency(w, shape.layers, shards, micro_batches, pieces, wave, **options)  # type: ignore[arg-type]
 
     if not shape.has_memory:
@@ -143,7 +154,8 @@ def plan_sequence(
         return SequencePlan(shards, length // shards, "window", 1, wave or 1, predicted(1, wave or 1), reason)
     longest = 1 if shape.block == "mac" and stage == 3 else LONGEST_WAVE  # DeepSpeed 0.19 would reduce twice
     waves = [wave] if wave else [k for k in range(1, longest + 1) if micro_batches % k == 0]
-    cuts = [pieces] if pieces else list(range(1, min(rows, MOST_PIECES) + 1))
+    most = min(rows, MOST_PIECES, MOST_PIECES if programs is None else programs // MULTIPROCESSORS)
+    cuts = [pieces] if pieces else list(range(1, max(1, most) + 1))
 
     def choose(blocked: bool) -> tuple[float, int, int]:
         """Predicted efficiency, pieces, wave: the shortest wave that is good enough with the best number of pieces."""
@@ -154,7 +166,7 @@ def plan_sequence(
     by_wave, chosen_pieces, chosen_wave = choose(blocked=stage == 3)
     by_map = predicted(1, 1, affine=True) if is_linear(shape) else 0.0
     affine = strategy == "affine" or (strategy is None and by_map > by_wave)
-    reason, own = _reason(shape, affine, by_wave, by_map, strategy), length // shards
+    reason, own = _reason(shape, affine, by_wave, by_map, strategy) + _idle(programs), length // shards
     if affine:
         return SequencePlan(shards, own, "affine", 1, wave or 1, by_map, reason)
     plan = SequencePlan(shards, own, "wavefront", chosen_pieces, chosen_wave, by_wave, reason)
@@ -177,3 +189,12 @@ def _reason(shape: ModelShape, affine: bool, by_wave: float, by_map: float, aske
     if affine:
         return f"the wavefront would reach {by_wave:.1%}"
     return f"the affine scan would reach {by_map:.1%}"
+
+
+def _idle(programs: int | None) -> str:
+    if programs is None or programs >= MULTIPROCESSORS:
+        return ""
+    return (
+        f"; Triton's kernels walk over {programs} rows (batch x heads) at once, and a GPU has room for "
+        f"{MULTIPROCESSORS}: more rows would take as long, and pieces of them do not pay"
+    )

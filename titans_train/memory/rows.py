@@ -87,9 +87,8 @@ def forward_rows(
     walk = Walk(seq, rows.weights, rows.momentum, rows.anchor or None).copied()
     for segment in grid:
         stored += sum(walk.copy(), [])
-        kernel = None if surprises is not None else launch(seq, segment, len(rows.weights))
-        if kernel is not None:
-            kernel.forward(walk.weights, walk.momentum, y)
+        if (kernel := launch(seq, segment, len(rows.weights), surprises is not None)) is not None:
+            kernel.forward(walk.weights, walk.momentum, y, surprises)
         else:
             walk.outputs(segment, coefficients(*seq.gates(segment)), y, surprises)
     return (walk.weights, walk.momentum, walk.last_anchor), stored

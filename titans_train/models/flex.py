@@ -1,8 +1,8 @@
 """Attention over a window, documents and persistent keys without a mask in memory: PyTorch's FlexAttention.
 
 Its kernels are made by torch.compile on a GPU, and skip blocks of keys that no query of a block sees. Persistent keys
-have no place among the others: their part of the softmax is joined by the logarithm of the others' sum. attention.py has
-the same in plain masks, and the legend.
+have no place among the others: their part of the softmax is joined by the logarithm of the others' sum. attention.py
+has the same in plain masks, and the legend.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def attend(
 def visible_blocks(
     length: int, total: int, window: int | None, device: torch.device, seen: Callable[..., Tensor], whole: bool
 ) -> BlockMask:
-    """By arithmetic on blocks, (L / BLOCK)^2 numbers. whole: blocks between the window's edges need no look at `seen`."""
+    """By arithmetic on blocks, (L / BLOCK)^2 numbers. whole: blocks within the window need no look at `seen`."""
     rows, cached = -(-length // BLOCK), total - length
     first_query = torch.arange(rows, device=device) * BLOCK + cached
     last_query = torch.clamp(first_query + BLOCK - 1, max=total - 1)

@@ -26,7 +26,7 @@ from titans_train.monitoring.throughput import peak_memory_bytes
 from titans_train.monitoring.watchdog import PATIENCE, Heartbeat, Watchdog
 from titans_train.parallel import Engine, Mesh, agree, make_parts, process_group
 from titans_train.parallel.engine import zero_config
-from titans_train.parallel.launch import together
+from titans_train.parallel.launch import device, together
 from titans_train.parallel.replicas import differences
 from titans_train.parallel.shards import ShardSettings
 from titans_train.parallel.waits import Blocked, timed_waits
@@ -93,7 +93,8 @@ def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str,
         if mesh.is_first:
             print(signals.stopped(number, 0, 0, 0), flush=True)
         raise signals.Requeue(number, 0)
-    agree(lambda: _check_kernels(plan), mesh)
+    if (remark := agree(lambda: _check_kernels(plan), mesh)) is not None and mesh.is_first:
+        print(remark, flush=True)
     agree(lambda: run_folder.check(plan), mesh, first_only=True)
     agree(lambda: check_disk(plan.run_directory, plan.checkpoint_bytes), mesh, first_only=True)
     with ExitStack() as held:
@@ -115,12 +116,17 @@ def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str,
         return run.go(stop_after)
 
 
-def _check_kernels(plan: Plan) -> None:
+def _check_kernels(plan: Plan) -> str | None:
+    """UserError where what computes the model cannot be had; or a remark."""
     memory = plan.shape.memory
+    if plan.shape.attention.kernels == "flex" and device().type != "cuda":
+        raise UserError("attention.kernels is flex, but there is no CUDA device: use auto or plain")
     if memory is not None and memory.rule == "titans":
-        kernels.check(memory.kernels)
-    elif memory is not None:
+        isolated, dtype = plan.config.data.packing == "isolate", getattr(torch, plan.config.run.dtype)
+        return kernels.check(memory.kernels, kernels.Trial(memory, plan.shape.head_dim, dtype, isolated))
+    if memory is not None:
         peer_kernels.check(memory.peer_kernels)
+    return None
 
 
 def _watchdog(plan: Plan, mesh: Mesh) -> Watchdog:

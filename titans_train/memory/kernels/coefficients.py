@@ -14,7 +14,7 @@ from torch import Tensor
 from titans_train.memory.gates import Coefficients
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "chunks"])
 def _forward(
     keep, eta, theta, weight_rows, momentum_rows, rows, chunks, T, MOMENTUM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -32,7 +32,7 @@ def _forward(
         tl.store(momentum_rows + at, momentum, mask=column < T + 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "chunks"])
 def _backward(
     keep, eta, weight_rows, momentum_rows, d_weight_rows, d_last_momentum, d_keep, d_eta, d_theta, rows, chunks, T,
     MOMENTUM: tl.constexpr, BLOCK: tl.constexpr,

@@ -18,8 +18,13 @@ from titans_train.memory.kernels.coefficients import coefficients, coefficients_
 from titans_train.memory.kernels.forward import scan_forward
 from titans_train.memory.walk import Segment, Sequence, SequenceGradients
 
-TILE = 32  # of the hidden width
 LEAST = 16  # tl.dot multiplies no smaller matrices
+# Of the hidden width: with 32 every backward keeps more numbers outside registers (1.15 to 4 times as many), and no
+# forward fewer.
+TILE = 16
+# Of a thread, all that there are: left to itself ptxas uses 32 or 128 where not everything finds room, and puts
+# thousands of bytes elsewhere (chunks of 32 with heads of 128).
+REGISTERS = 255
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class Launch:
     @classmethod
     def of(cls, seq: Sequence, segment: Segment, precision: str) -> Launch:
         keep, eta, theta = seq.gates(segment)
-        return cls(seq, segment, keep, eta, coefficients(keep, eta, theta), precision)
+        with torch.cuda.device_of(seq.q):  # Triton launches on the current device
+            return cls(seq, segment, keep, eta, coefficients(keep, eta, theta), precision)
 
     def sizes(self, weights: list[Tensor]) -> tuple[int, ...]:
         rows, length, d = self.seq.k.shape
@@ -73,7 +79,7 @@ class Launch:
             "BLOCK_T": block(self.segment.size), "BLOCK_D": block(d), "BLOCK_H": min(TILE, block(h)),
             "DEEP": len(weights) == 2, "MOMENTUM": bool(momentum), "NORM": self.seq.norm is not None,
             "GELU": isinstance(self.seq.act, Gelu), "DOCUMENTS": self.seq.starts is not None,
-            "PRECISION": self.precision, "num_warps": 8, "num_stages": 1,
+            "PRECISION": self.precision, "num_warps": 8, "num_stages": 1, "maxnreg": REGISTERS,
         }  # fmt: skip
 
     def norm(self) -> list[Tensor | None]:
@@ -89,7 +95,10 @@ class Launch:
     def last_row(self) -> Tensor:
         return self.coef.momentum_rows[-1]
 
-    def forward(self, weights: list[Tensor], momentum: list[Tensor], y: Tensor) -> None:
+    def forward(
+        self, weights: list[Tensor], momentum: list[Tensor], y: Tensor, surprises: list[Tensor] | None = None
+    ) -> None:
+        assert surprises is None
         self._forward(weights, momentum, y, keep=False)
 
     def _forward(self, weights: list[Tensor], momentum: list[Tensor], y: Tensor | None, keep: bool) -> States:
@@ -99,11 +108,12 @@ class Launch:
             n, chunks = weights[0].shape[0], self.segment.chunks
             states = States(*([w.new_empty(n, chunks, *w.shape[1:]) for w in each] for each in (weights, momentum)))
         seq = self.seq
-        scan_forward[(seq.k.shape[0],)](
-            seq.q, seq.k, seq.v, y, self.coef.weight_rows, self.last_row(), *_pairs(weights, momentum), *self.norm(),
-            *self.documents(), *_pairs(states.weights, states.momentum), *self.sizes(weights),
-            **self.options(weights, momentum), READ=y is not None, KEEP=keep,
-        )  # fmt: skip
+        with torch.cuda.device_of(seq.q):
+            scan_forward[(seq.k.shape[0],)](
+                seq.q, seq.k, seq.v, y, self.coef.weight_rows, self.last_row(), *_pairs(weights, momentum),
+                *self.norm(), *self.documents(), *_pairs(states.weights, states.momentum), *self.sizes(weights),
+                **self.options(weights, momentum), READ=y is not None, KEEP=keep,
+            )  # fmt: skip
         return states
 
     def backward(
@@ -119,20 +129,22 @@ class Launch:
         d_weights, d_momentum = adj.weights, adj.momentum
         seq, sizes = self.seq, self.sizes(d_weights)
         rows, size, width = seq.k.shape[0], self.segment.size, sizes[-1]
-        working = [seq.k.new_empty(rows, size, width) for _ in range(5)]
+        working = [seq.k.new_empty(rows, size, width) for _ in range(6)]
+        working += [seq.k.new_empty(rows, size, seq.k.shape[-1]) for _ in range(2)]
         documents = [torch.zeros_like(x) for x in (*seq.document_weights, *seq.document_momentum)]
         depth = len(d_weights)
         d_rows, d_last = torch.empty_like(self.coef.weight_rows), torch.zeros_like(self.last_row())
         norm = [None if x is None else torch.zeros_like(x) for x in self.norm()]
         starts, *_ = self.documents()
-        scan_backward[(rows,)](
-            seq.q, seq.k, seq.v, d_y, self.coef.weight_rows, self.last_row(),
-            *_pairs(states.weights, states.momentum), *self.norm(), starts, *_pairs(d_weights, d_momentum),
-            *_pairs(documents[:depth], documents[depth:]), found.q, found.k, found.v,
-            d_rows, d_last, *norm, *working, *sizes,
-            **self.options(d_weights, d_momentum),
-        )  # fmt: skip
-        found.fill_gates(self.segment, *coefficients_backward(self.coef, d_rows, d_last, self.keep, self.eta))
+        with torch.cuda.device_of(seq.q):
+            scan_backward[(rows,)](
+                seq.q, seq.k, seq.v, d_y, self.coef.weight_rows, self.last_row(),
+                *_pairs(states.weights, states.momentum), *self.norm(), starts, *_pairs(d_weights, d_momentum),
+                *_pairs(documents[:depth], documents[depth:]), found.q, found.k, found.v,
+                d_rows, d_last, *norm, *working, *sizes, **self.options(d_weights, d_momentum),
+            )  # fmt: skip
+            gates = coefficients_backward(self.coef, d_rows, d_last, self.keep, self.eta)
+        found.fill_gates(self.segment, *gates)
         for total, part in zip((found.gain, found.bias, *found.document), (*norm, *documents), strict=True):
             if total is not None and part is not None:
                 total += part

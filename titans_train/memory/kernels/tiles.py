@@ -1,4 +1,5 @@
-"""Functions of a tile of numbers, for the kernels: activations, the layer norm inside the memory.
+"""Functions of a tile of numbers, for the kernels: activations, the layer norm inside the memory; and what both ways
+begin a chunk with.
 
 Shapes: z, x, u [T, D] with D padded to a power of two; zeros beyond `width`.
 """
@@ -76,9 +77,17 @@ def load_rows(pointer, at, inside, dtype):
 
 
 @triton.jit
-def rows_of_coefficients(weight_rows, row, chunk, rows, chunks, T, t):
+def at_row(pointer, row, size):
+    """Of what may be absent."""
+    if pointer is not None:
+        pointer += row * size
+    return pointer
+
+
+@triton.jit
+def rows_of_coefficients(coefs, stride, T, t):
     """Of a chunk's tokens: C [T, T], A and B [T, 1] (gates.ChunkCoefficients)."""
-    at = weight_rows + (t.to(tl.int64) * rows + row) * chunks * (T + 2) + chunk * (T + 2)
+    at = coefs + t * stride
     square = (t < T)[:, None] & (t < T)[None, :]
     writes = tl.load(at[:, None] + 2 + t[None, :], mask=square, other=0.0)
     decay = tl.load(at, mask=t < T, other=0.0)[:, None]
@@ -86,13 +95,52 @@ def rows_of_coefficients(weight_rows, row, chunk, rows, chunks, T, t):
 
 
 @triton.jit
-def end_coefficients(weight_rows, last_row, row, chunk, rows, chunks, T, t):
+def end_coefficients(coefs, last, stride, T, t):
     """Of its end: A_b, B_b, C[b] [T, 1], E_b, F[b] [T, 1]."""
-    end = weight_rows + ((T - 1) * rows + row) * chunks * (T + 2) + chunk * (T + 2)
-    last = last_row + (row * chunks + chunk) * (T + 2)
+    end = coefs + (T - 1) * stride
     writes = tl.load(end + 2 + t, mask=t < T, other=0.0)[:, None]
     momentum_writes = tl.load(last + 2 + t, mask=t < T, other=0.0)[:, None]
     return tl.load(end), tl.load(end + 1), writes, tl.load(last + 1), momentum_writes
+
+
+@triton.jit
+def anchor(
+    k, v, w1, w2, gain, bias, z, T: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, DEEP: tl.constexpr, NORM: tl.constexpr,
+    GELU: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys at the anchor: the gradient of 1/2 |M(k) - v|^2 by what the last layer gives; and that, normalised, with 1 /
+    standard deviation (without norm: anything). k, v: the chunk's; w1, w2, gain, bias: the row's. STORE: fills z, what
+    the first layer gives.
+    """
+    dtype: tl.constexpr = w2.dtype.element_ty
+    t, i, j = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_H)
+    columns, real = (i < D)[None, :], (t < T)[:, None]
+    inside, token = real & columns, t[:, None] * D
+    keys = load_rows(k, token + i[None, :], inside, dtype)
+    out = tl.zeros([BLOCK_T, BLOCK_D], dtype)
+    for h in range(0, H, BLOCK_H):
+        hidden = h + j
+        if DEEP:
+            few = (i < D)[:, None] & (hidden < H)[None, :]
+            weights = tl.load(w1 + i[:, None] * H + hidden[None, :], mask=few, other=0.0)
+            pre = dot(keys, weights, PRECISION)
+            if STORE:
+                tl.store(z + t[:, None] * H + hidden[None, :], pre, mask=real & (hidden < H)[None, :])
+            x = value(pre, GELU)
+        else:
+            x = load_rows(k, token + hidden[None, :], real & (hidden < D)[None, :], dtype)
+        tile = hidden[:, None] * D + i[None, :]
+        out += dot(x, tl.load(w2 + tile, mask=(hidden < H)[:, None] & columns, other=0.0), PRECISION)
+    values = load_rows(v, token + i[None, :], inside, dtype)
+    delta, x_hat, rstd = out - values, out, out
+    if NORM:
+        gains = tl.load(gain + i, mask=i < D, other=0.0)[None, :]
+        biases = tl.load(bias + i, mask=i < D, other=0.0)[None, :]
+        x_hat, rstd = normalised(out, columns, D)
+        error = biases + load_rows(k, token + i[None, :], inside, dtype) + x_hat * gains - values
+        delta = tl.where(real, pull(gains * error, x_hat, rstd, columns, D), 0)
+    return delta, x_hat, rstd
 
 
 @triton.jit
