@@ -41,11 +41,13 @@ def test_a_roofline_names_what_bounds_each_way(tmp_path: Path, capsys: pytest.Ca
     assert list(found["cases"])[0] == "340M, hidden 128, chunk 16, recurrence" and found["about"]["rows"] == 1
     cases = list(found["cases"].values())
     assert [(r["chunk"], r["how"]) for r in cases] == [
-        (16, "recurrence"), (16, "dual"), (16, "kernels"), (256, "recurrence"), (256, "dual"),
+        (16, "recurrence"), (16, "dual"), (16, "compiled"), (16, "triton"), (256, "recurrence"), (256, "dual"),
+        (256, "compiled"),
     ]  # fmt: skip
     for r in cases:
         assert f"| {r['chunk']} | {r['how']} |" in said
         assert r["seconds"]["65536"] == 65536 * max(r["floors"].values())
-    recurrence, dual, kernels = cases[:3]
-    assert recurrence["memory"] > 4 * dual["memory"] > 4 * kernels["memory"]
+    recurrence, dual, compiled, triton = cases[:4]
+    assert recurrence["cache"] > 4 * dual["cache"] > 4 * triton["cache"]
+    assert dual["flops"] > compiled["flops"] > 66 * 64 * 128
     assert dual["flops"] >= 66 * 64 * 128 and picture.stat().st_size > 1000

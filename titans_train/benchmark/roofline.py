@@ -1,10 +1,11 @@
 """`benchmark roofline`: the least time that the memory's forward and backward can take, and what bounds it.
 
 For each size of a model, hidden expansion and chunk: FLOPs, bytes and launches per token of the recurrence, of the dual
-form in plain PyTorch (both counted on the meta device, each operator by itself), and of the kernels (by the products
-and passes that kernels/forward.py and kernels/backward.py are written with); and the floors that these imply with this
-device's ceilings, measured here: matmul rate, bandwidth of memory, bandwidth of the cache, time of a launch. None of
-these grows with the length but by the token, so that a length only decides how many rows there are to fill a device.
+form in plain PyTorch (both counted on the meta device, each operator by itself), of the compiled scan (products as it
+counts them) and of the Triton kernels (by the products and passes that they are written with); and the floors that
+these imply with this device's ceilings, measured here: matmul rate, bandwidth of memory, bandwidth of the cache, time
+of a launch. None of these grows with the length but by the token, so that a length only decides how many rows there are
+to fill a device.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ import torch
 from titans_train.benchmark import record
 from titans_train.benchmark.counts import count, operator
 from titans_train.benchmark.device import check, seconds
+from titans_train.memory import MemoryState, memory_scan
+from titans_train.memory.kernels import compiled
 from titans_train.outputs import check_file
 from titans_train.shape import beyond_kernels
 
 SIZES = {"340M": (16, 64), "760M": (16, 96), "1.3B": (8, 256)}  # heads, width of a head
 EXPANSIONS, CHUNKS, LENGTHS = (2, 4), (16, 64, 256, 1024), (4096, 16384, 65536)
 STORE_EVERY = 16
+CACHE = 32 << 20  # bytes of states and adjoints that stay there
 
 
 @dataclass(frozen=True)
@@ -55,27 +59,68 @@ class Work:
         }  # fmt: skip
 
 
-def counted(how: str, d: int, hidden: int, chunk: int) -> Work:
-    """Of a head: segments of STORE_EVERY chunks; the recurrence is the same for every chunk."""
-    length = 64 if how == "recurrence" else chunk * min(STORE_EVERY, max(1, 1024 // chunk))
+def state_bytes(d: int, hidden: int) -> int:
+    """Of a head: W1, W2, S1, S2 in float32."""
+    return 4 * 4 * d * hidden
+
+
+def token_bytes(d: int, chunk: int, item: int) -> float:
+    """What no way can leave: q, k, v, y and their gradients, of the model's dtype, the gates' coefficients."""
+    return item * d * (4 + 2 + 4) + 4 * 3 * d + 4 * (chunk + 2) * 2 * 3
+
+
+def segment(chunk: int) -> int:
+    """Chunks between two states that are kept, as the plan chooses."""
+    return min(STORE_EVERY, max(1, 1024 // chunk))
+
+
+def counted(how: str, d: int, hidden: int, chunk: int, item: int, cached: bool) -> Work:
+    """Of a head, each call by itself; its operands come from the cache if all that is worked on fits there. The
+    recurrence is the same for every chunk."""
+    length = 64 if how == "recurrence" else chunk * segment(chunk)
     found = count(operator(how, 1, d, hidden, chunk if how == "dual" else 64, length)).per(length)
-    return Work(found.flops, found.bytes, 0.0, found.calls)
+    tokens = token_bytes(d, chunk, item)
+    memory, cache = (tokens, found.bytes) if cached else (tokens + found.bytes, 0.0)
+    return Work(found.flops, memory, cache, found.calls)
 
 
-def of_kernels(d: int, hidden: int, chunk: int, item: int) -> Work:
-    """Depth 2 with momentum, forgetting and norm. item: bytes of a number of the model's dtype; the state's are 4.
+def of_triton(d: int, hidden: int, chunk: int, item: int) -> Work:
+    """Depth 2 with momentum, forgetting and norm.
 
-    Products: 24 d h forward, 16 to recompute the states, 58 backward, and of T x T matrices. Memory: q, k, v, y, their
-    gradients, the states kept once per segment and those of its chunks, written and read. Cache: the passes over the
-    state (10, 14 and 24 of its d h), the tiles' numbers (15 of T h), the coefficients.
+    Products: 24 d h forward, 16 to recompute the states, 58 backward, and of T x T matrices. Memory: the states kept
+    once per segment and those of its chunks, written and read. Cache: the passes over the state (10, 14 and 24 of its
+    d h), the tiles' numbers (15 of T h).
     """
     products = 98 * d * hidden + chunk * (16 * hidden + 16 * d)
-    state = 4 * 4 * d * hidden  # W1, W2, S1, S2
-    tokens = item * d * (4 + 2 + 4) + 4 * 3 * d
-    coefficients = 4 * (chunk + 2) * 2 * 3
-    memory = tokens + coefficients + state * (2 / STORE_EVERY + 2) / chunk
+    memory = token_bytes(d, chunk, item) + state_bytes(d, hidden) * (2 / STORE_EVERY + 2) / chunk
     passes = 4 * d * hidden * (10 + 14 + 24) / chunk
     return Work(products, memory, passes + 4 * 15 * hidden, 5 / (STORE_EVERY * chunk))
+
+
+def of_compiled(d: int, hidden: int, chunk: int) -> Work:
+    """The same in float32, a row at a time: products as they are counted. Memory: the states that are kept, and the
+    adjoints, once per segment. Cache: each product's matrix of d h (59 with what is written back), 40 of T h.
+    """
+    chunks = segment(chunk)
+    flops = compiled_flops(d, hidden, chunk, chunk * chunks)
+    memory = token_bytes(d, chunk, 4) + state_bytes(d, hidden) * 6 / (chunks * chunk)
+    return Work(flops, memory, 4 * (59 * d * hidden / chunk + 40 * hidden), 2 / (chunks * chunk))
+
+
+def compiled_flops(d: int, hidden: int, chunk: int, length: int) -> float:
+    """Per token of one head, by the library's own count."""
+
+    def rows(*shape: int) -> torch.Tensor:
+        return torch.rand(1, 1, length, *shape, requires_grad=True)
+
+    layers = tuple(torch.rand(1, 1, a, b, requires_grad=True) for a, b in ((d, hidden), (hidden, d)))
+    norm = {name: torch.ones(1, d, requires_grad=True) for name in ("gain", "bias")}
+    given = [rows(d) / d, rows(d) / d, rows(d) / d, rows() / 9, rows() / 9, rows() / 9]
+    before = torch.ops.titans_train.scan_work()[1]
+    options: dict[str, Any] = {"chunk_size": chunk, "store_every": segment(chunk), "kernels": "compiled", **norm}
+    y, _ = memory_scan(*given, MemoryState.start(layers), **options)  # type: ignore[arg-type, misc]
+    y.sum().backward()
+    return float(torch.ops.titans_train.scan_work()[1] - before) / length
 
 
 def _seconds(run: Callable[[], object], device: str) -> float:
@@ -108,9 +153,12 @@ def rows_of(options: argparse.Namespace, at: Ceilings) -> list[dict[str, Any]]:
         for expansion in options.expansions:
             hidden = expansion * d
             for chunk in options.chunks:
-                kinds = {how: counted(how, d, hidden, chunk) for how in ("recurrence", "dual")}
+                cached = 2 * heads * options.rows * state_bytes(d, hidden) <= CACHE
+                kinds = {how: counted(how, d, hidden, chunk, options.item, cached) for how in ("recurrence", "dual")}
+                if options.device == "cpu" and compiled.why_not() is None:
+                    kinds["compiled"] = of_compiled(d, hidden, chunk)
                 if not beyond_kernels(2, chunk, d, exact=False):
-                    kinds["kernels"] = of_kernels(d, hidden, chunk, options.item)
+                    kinds["triton"] = of_triton(d, hidden, chunk, options.item)
                 for how, work in kinds.items():
                     floors = work.floors(heads, options.rows, at)
                     bound = max(floors, key=floors.__getitem__)
@@ -149,7 +197,7 @@ def draw(found: list[dict[str, Any]], at: Ceilings, path: Path) -> None:
     edge = at.matmul / at.memory
     x = [edge / 1000, edge, edge * 1000]
     axes.plot(x, [min(at.matmul, i * at.memory) / 1e9 for i in x], color="black", label="memory bandwidth, matmul rate")
-    for how, marker in (("recurrence", "s"), ("dual", "o"), ("kernels", "^")):
+    for how, marker in (("recurrence", "s"), ("dual", "o"), ("compiled", "x"), ("triton", "^")):
         rows = [r for r in found if r["how"] == how]
         if rows:
             heads = [SIZES[r["size"]][0] for r in rows]
