@@ -26,6 +26,7 @@ from titans_train.benchmark.turns import Figures, in_turns
 from titans_train.errors import UserError
 from titans_train.memory import MemoryState, kernels, memory_scan
 from titans_train.outputs import check_file
+from titans_train.parallel.launch import flush_denormals
 
 DIM, HEADS, EXPANSION = 256, 4, 4
 HEAD_DIM = DIM // HEADS
@@ -113,6 +114,7 @@ def measured(case: str, how: str, compile: bool = False) -> Figures:
     """In a fresh process."""
     what, chunk, length, norm = CASES[case]
     torch.set_num_threads(1)
+    flush_denormals()
     torch.manual_seed(0)
     if what in ("operator", "autograd"):
         prepare, flops = operator(what, chunk, norm, how), operator_flops(chunk) if what == "operator" else None

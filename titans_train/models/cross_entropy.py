@@ -1,6 +1,6 @@
 """Cross-entropy over a vocabulary that may be split over devices, without a float32 copy of the logits.
 
-Rows are widened block by block. What is kept for the backward is the logits as they are and one number per token; the
+Rows are widened block by block. What is kept for the backward is the logits as they are and two numbers per token; the
 gradient has the logits' dtype. Shapes: N tokens, V vocabulary (this device's share).
 """
 
@@ -58,17 +58,17 @@ class _TokenLosses(torch.autograd.Function):
             sums[0, rows] = x.exp_().sum(-1)
         combine(sums, "sum")
         log_sums = sums[0].log()
-        ctx.save_for_backward(logits, place, here, labels >= 0, most + log_sums)
+        ctx.save_for_backward(logits, place, here, labels >= 0, most, log_sums)
         return torch.where(labels >= 0, log_sums - sums[1], 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, place, here, counts, log_sums = ctx.saved_tensors
+        logits, place, here, counts, most, log_sums = ctx.saved_tensors
         d_losses = torch.where(counts, d_losses, 0)
         gradient = torch.empty_like(logits)
         for rows, x in _blocks(logits):
-            x.sub_(log_sums[rows, None]).exp_()
+            x.sub_(most[rows, None]).sub_(log_sums[rows, None]).exp_()  # exact also where all logits are large
             x.scatter_add_(1, place[rows, None], -here[rows, None].to(x.dtype))
             gradient[rows] = x.mul_(d_losses[rows, None])
         return gradient, None, None, None
