@@ -13,6 +13,8 @@ from typing import ParamSpec
 import torch
 from torch import Tensor
 
+from titans_train.errors import UserError
+
 P = ParamSpec("P")
 
 
@@ -24,3 +26,20 @@ def fused(function: Callable[P, Tensor], on: bool) -> Callable[P, Tensor]:
 @functools.cache
 def _compiled(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return torch.compile(function)
+
+
+def check(device: torch.device) -> None:
+    """UserError where torch.compile cannot make a loop for this device."""
+    x = torch.ones(64, device=device, requires_grad=True)
+    try:
+        torch.compile(_trial)(x).sum().backward()
+    except Exception as error:  # of many kinds, by what is missing
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"model.compile is true, but torch.compile does not work here ({said.strip()}): install a C++ compiler "
+            "such as g++ (for a GPU Triton too), or use model.compile=false"
+        ) from error
+
+
+def _trial(x: Tensor) -> Tensor:
+    return x * x.sigmoid()

@@ -24,8 +24,8 @@ from titans_train.shape import AttentionShape, MemoryShape, ModelShape
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 SCANS = {  # by memory.kernels
-    "auto": "compiled C++ on a CPU, plain PyTorch on a GPU", "plain": "plain PyTorch", "compiled": "compiled C++",
-    "triton": "Triton kernels",
+    "auto": "compiled C++ on a CPU that has a compiler, else plain PyTorch",
+    "plain": "plain PyTorch", "compiled": "compiled C++", "triton": "Triton kernels",
 }  # fmt: skip
 
 

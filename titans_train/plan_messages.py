@@ -114,13 +114,13 @@ def _fixed(shape: ModelShape, at: Placement, forward: Messages, backward: Messag
 
 
 def ends(shape: ModelShape, at: Placement) -> dict[str, Messages]:
-    """Of one micro-batch outside the layers: embedding, last norm, head, cross-entropy (three float32 per token)."""
+    """Of one micro-batch outside the layers: embedding, last norm, head, cross-entropy (four float32 per token)."""
     forward, backward, shared = Messages(), Messages(), Messages()
     if at.tensor == 1:
         return {"forward": forward, "backward": backward, "shared": shared}
     stream = at.tokens * shape.width * at.item
     forward.add("all_reduce", at.tokens * FLOAT32)
-    forward.add("all_reduce", at.tokens * FLOAT32 * 2)
+    forward.add("all_reduce", at.tokens * FLOAT32 * 3)
     if at.sequence_parallel:
         forward.add("reduce_scatter", stream)  # out of the embedding
         forward.add("all_gather", stream)  # into the head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,20 @@ def test_what_is_worse_by_more_than_the_limit_fails(tmp_path: Path, capsys: Capt
     assert main(["compare", *reversed(paths), "--fail-over", "2"]) == 1  # 2.5 times fewer tokens
 
 
-def test_zeros_and_sizes_are_neither_better_nor_worse() -> None:
-    for metric, old, new in (("peak_mib", 0.0, 5.0), ("peak_mib", 5.0, 0.0), ("chunk", 1.0, 100.0)):
+def test_nothing_left_is_infinitely_worse_and_sizes_are_neither_better_nor_worse() -> None:
+    for metric, old, new, worse in (
+        ("peak_mib", 0.0, 5.0, inf), ("peak_mib", 5.0, 0.0, 0.0), ("peak_mib", 0.0, 0.0, None),
+        ("tokens_per_second", 5.0, 0.0, inf), ("chunk", 1.0, 100.0, None),
+    ):  # fmt: skip
         (change,) = changes({"a": {metric: old}}, {"a": {metric: new}})
-        assert change.worse is None and change.verdict == ""
+        assert change.worse == worse and change.verdict == {inf: "infx worse", 0.0: "better", None: ""}[worse]
+
+
+def test_a_case_or_a_metric_that_is_gone_fails(tmp_path: Path) -> None:
+    less = {name: value for name, value in FAST.items() if name != "peak_mib"}
+    for new in ({"a": FAST}, {"a": FAST, "b": less}):
+        paths = files(tmp_path, {"a": FAST, "b": FAST}, new)
+        assert main(["compare", *paths]) == 0 and main(["compare", *paths, "--fail-over", "9"]) == 1
 
 
 def test_what_is_no_file_of_figures_is_refused(tmp_path: Path, capsys: Capture) -> None:

@@ -42,7 +42,7 @@ def look(plan: Plan, facts: list[Facts], seen: tuple[bool, ...] = (True,) * 4, a
 def test_what_is_well_is_listed_with_its_values(plan: Plan, facts: list[Facts]) -> None:
     found = look(plan, facts)
     assert bad(found) == []
-    assert [each.subject for each in found] == ["devices", "memory", "software", "clock", "disk", "data"]
+    assert [each.subject for each in found] == ["devices", "kernels", "memory", "software", "clock", "disk", "data"]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,8 @@ def test_what_is_well_is_listed_with_its_values(plan: Plan, facts: list[Facts]) 
         (2, {"device": replace(GPU, right=False, error="ECC")}, ERROR, "devices", "ECC"),
         (2, {"device": replace(GPU, count=1)}, ERROR, "devices", "node2 shows 1 GPUs for 2 ranks"),
         (3, {"device": replace(GPU, name="A100")}, WARNING, "devices", "H100 on node1, node2; A100 on node2"),
+        (2, {"ready_error": "no compiler"}, ERROR, "kernels", "on node2: no compiler"),
+        (2, {"ready": "plain PyTorch"}, WARNING, "kernels", "on node2: plain PyTorch"),
         (1, {"device": replace(GPU, memory=1000)}, ERROR, "memory", "1000 B there (least: node1)"),
         (2, {"versions": {**VERSIONS, "nccl": "2.20.5"}}, ERROR, "software", "2.27.5 on node1, node2; 2.20.5 on node2"),
         (2, {"versions": {"python": "3.11.7"}}, ERROR, "software", "torch differs"),

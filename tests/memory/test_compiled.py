@@ -119,7 +119,7 @@ def test_without_a_compiler_auto_is_plain_and_asking_for_it_is_refused(
         assert_same(case, case.run(partial(memory_scan, kernels="auto")), case.run(recurrence))
         assert not launches
         for ask in (lambda: case.run(scan), lambda: kernels.check("compiled")):
-            with pytest.raises(UserError, match="no compiler 'no-such-compiler': install .* CXX; or use auto or plain"):
+            with pytest.raises(UserError, match="no compiler 'no-such-compiler': install .*; or use auto or plain"):
                 ask()
     finally:
         compiled.why_not.cache_clear()
@@ -134,11 +134,28 @@ def test_a_source_that_does_not_compile_says_what_the_compiler_said(
     monkeypatch.setattr(compiled, "SOURCE", source)
     monkeypatch.setenv("TITANS_TRAIN_CACHE", str(tmp_path))
     compiled.why_not.cache_clear()
+    compiled._fingerprint.cache_clear()
     try:
         assert "unknown" in str(compiled.why_not())
         assert [f.name for f in tmp_path.iterdir() if f.suffix == ".so"] == []  # nothing that another would load
     finally:
         compiled.why_not.cache_clear()
+        compiled._fingerprint.cache_clear()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "changed"])
+def test_a_damaged_library_is_built_anew(damage: str, tmp_path: Path) -> None:
+    """In processes of their own: to load half a library ends the process."""
+    environment = {**os.environ, "TITANS_TRAIN_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", "from titans_train.memory.kernels import compiled; print(compiled.why_not())"]
+    (whole,) = [f for f in compiled.cache().glob(f"scan-{compiled._fingerprint()}-*.so")][:1]
+    content = whole.read_bytes()
+    bad = {"cut": content[:100_000], "empty": b"", "changed": content[:-1] + bytes([content[-1] ^ 1])}[damage]
+    (tmp_path / whole.name).write_bytes(bad)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.strip() == "None", done.stdout + done.stderr
+    good = [f for f in tmp_path.glob("*.so") if f.name == compiled._name(f.read_bytes())]
+    assert len(good) == 1 and not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.parametrize("chunk,products,flops", [(16, 14.9375, 6_062_080), (64, 3.734375, 7_045_120)])
@@ -160,3 +177,33 @@ def test_it_takes_no_more_products_or_flops_than_it_did(chunk: int, products: fl
     scan(*given, state, chunk_size=chunk, **norm)[0].sum().backward()
     made, done = ((after - b) / length for after, b in zip(torch.ops.titans_train.scan_work(), before, strict=True))
     assert 0.9 * products <= made <= 1.5 * products and 0.9 * flops <= done <= 1.5 * flops
+
+
+def narrower(x: Tensor, dim: int) -> Tensor:
+    return x.detach().narrow(dim, 0, x.shape[dim] - 1).requires_grad_()
+
+
+@pytest.mark.parametrize("how", ["plain", "compiled"])
+@pytest.mark.parametrize(
+    "name,dim",
+    [("w0", 1), ("w0", 3), ("w1", 2), ("s1", 1), ("s0", 3), ("dw0", 3), ("ds1", 1), ("alpha", 2), ("eta", 1),
+     ("gain", 0), ("bias", 1), ("v", 2)],
+)  # fmt: skip
+def test_shapes_that_do_not_fit_are_refused_before_any_memory_is_read(name: str, dim: int, how: str) -> None:
+    case = Case(norm=True, documents=True, heads=3, d=4, hidden=6).build()
+    case.leaves[name] = narrower(case.leaves[name], dim)
+    with pytest.raises(ValueError, match=r"\["):
+        case.run(partial(memory_scan, kernels=how))
+
+
+def test_the_library_itself_reads_nothing_beyond_its_tensors() -> None:
+    x, gate = torch.zeros(2, 8, 4), torch.zeros(2, 8)
+    state, wrong = [torch.zeros(2, 4, 4)], [torch.zeros(1, 4, 4)]
+    scan(*(x[None] for _ in range(3)), None, None, gate[None], MemoryState((state[0][None],), ()), chunk_size=4)
+    call = [x, x, x, gate, None, gate, None, [], None, None, 0, 2, 4, False, 1e-5]
+    torch.ops.titans_train.scan_forward(*call, state, torch.empty_like(x), None)
+    for bad in ([*call[:10], 0, 3, *call[12:]], [x.mT, *call[1:]], [*call[:3], gate[:, :4], *call[4:]]):
+        with pytest.raises(RuntimeError, match="sizes|contiguous|tokens"):
+            torch.ops.titans_train.scan_forward(*bad, state, torch.empty_like(x), None)
+    with pytest.raises(RuntimeError, match="the state has sizes"):
+        torch.ops.titans_train.scan_forward(*call, wrong, torch.empty_like(x), None)

@@ -9,7 +9,7 @@ from titans_train.shape import AttentionShape, MemoryShape, ModelShape
 
 MEMORY = MemoryShape(
     rule="titans", chunk_size=4, depth=2, hidden=12, activation="silu", residual_norm=True, momentum=True,
-    forgetting=True, forget_to="start", write=True, normalize_values=True, convolution=4, key_start="token",
+    forgetting=True, forget_to="zero", write=True, normalize_values=True, convolution=4, key_start="token",
     gate="memory", theta_max=1.0, couple_theta=True, forget_bias=-3.0, momentum_bias=0.0, theta_bias=0.0, store_every=2,
 )  # fmt: skip
 PEER = {

@@ -37,18 +37,20 @@ class Change:
     @property
     def worse(self) -> float | None:
         """By what factor, below 1 where it is better; None: there is no better or worse."""
-        if not self.old or not self.new or (self.old < 0) != (self.new < 0):
-            return None
-        if self.metric in MORE_IS_BETTER:
-            return self.old / self.new
+        more = self.metric in MORE_IS_BETTER
         less = any(self.metric == name or self.metric.endswith(f"_{name}") for name in LESS_IS_BETTER)
-        return self.new / self.old if less else None
+        if not (more or less) or self.old < 0 or self.new < 0 or self.old == self.new:
+            return None
+        over, under = (self.old, self.new) if more else (self.new, self.old)
+        return over / under if under else math.inf
 
     @property
     def verdict(self) -> str:
         factor = self.worse
-        if factor is None or abs(math.log(factor)) < EQUAL:
+        if factor is None or (factor and abs(math.log(factor)) < EQUAL):
             return ""
+        if factor == 0:
+            return "better"
         return f"{factor:.2f}x worse" if factor > 1 else f"{1 / factor:.2f}x better"
 
 
@@ -89,7 +91,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m titans_train benchmark compare", description=__doc__)
     parser.add_argument("old", type=Path, metavar="OLD", help="file that a benchmark's --json wrote")
     parser.add_argument("new", type=Path, metavar="NEW", help="another of the same benchmark")
-    parser.add_argument("--fail-over", type=float, metavar="F", help="exit status 1 if anything is F times worse")
+    parser.add_argument("--fail-over", type=float, metavar="F", help="status 1 if anything is F times worse, or gone")
     options = parser.parse_args(argv)
     if options.fail_over is not None and not options.fail_over >= 1:
         raise UserError(f"--fail-over is {options.fail_over}; it is at least 1, such as 1.5")
@@ -103,10 +105,24 @@ def main(argv: list[str]) -> int:
         print("the devices differ, or one is not named: ratios between devices say little about the code")
     print(table(found))
     for path, own, other in ((options.old, old, new), (options.new, new, old)):
-        if left := [case for case in own if case not in other]:
+        if left := only_in(own, other):
             print(f"only in {path}: {'; '.join(left)}")
     limit = options.fail_over
-    wrong = [c for c in found if limit is not None and c.worse is not None and c.worse > limit]
+    if limit is None:
+        return 0
+    wrong = [c for c in found if c.worse is not None and c.worse > limit]
     for c in wrong:
         print(f"more than {limit}x worse: {c.case}, {c.metric}: {c.verdict}")
-    return 1 if wrong else 0
+    return 1 if wrong or only_in(old, new) else 0
+
+
+def only_in(own: Cases, other: Cases) -> list[str]:
+    """Cases, and metrics of cases, that the other lacks."""
+    cases = [case for case in own if case not in other]
+    both = [case for case in own if case in other]
+    return cases + [
+        f"{case}, {metric}"
+        for case in both
+        for metric, value in own[case].items()
+        if _is_number(value) and not _is_number(other[case].get(metric))
+    ]

@@ -135,7 +135,7 @@ def _checked(options: argparse.Namespace) -> Sizes:
     check_file("--json", options.json)
     device.check(options.device)
     if any(what in TITANS for what in options.blocks):
-        kernels.check(options.kernels)
+        kernels.check(options.kernels, cuda=options.device == "cuda")
     return Sizes(
         options.dim, options.heads, options.window, options.batch, options.kernels, options.compile, options.dtype,
         options.device,

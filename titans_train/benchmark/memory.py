@@ -169,7 +169,7 @@ def main(argv: list[str]) -> int:
     if options.rounds < 1:
         raise UserError(f"--rounds is {options.rounds}; it is at least 1")
     check_file("--json", options.json)
-    kernels.check(options.kernels)
+    kernels.check(options.kernels, cuda=False)
     if options.one:
         print(json.dumps(measured(options.one, options.kernels, options.compile)))
         return 0

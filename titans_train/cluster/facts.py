@@ -59,6 +59,8 @@ class Facts:
     disk: Disk | None = None
     data: str = ""
     data_error: str = ""
+    ready: str = ""  # a remark on what computes the model here
+    ready_error: str = ""  # why it cannot be computed
 
     @classmethod
     def from_json(cls, text: str) -> Facts:
@@ -70,11 +72,13 @@ class Facts:
 def gather_facts(plan: Plan, rank: int, local_rank: int) -> Facts:
     first = local_rank == 0
     data, data_error = read_data(plan) if first else ("", "")
+    ready, ready_error = look_at_kernels(plan)
     return Facts(
         rank=rank, local_rank=local_rank, local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         host=socket.gethostname(), versions=versions(), device=look_at_device(local_rank),
         config=hashlib.sha256(json.dumps(plan.to_dict(), sort_keys=True).encode()).hexdigest()[:12],
         disk=look_at_disk(place_of(plan)) if first else None, data=data, data_error=data_error,
+        ready=ready, ready_error=ready_error,
     )  # fmt: skip
 
 
@@ -111,6 +115,20 @@ def look_at_device(local_rank: int) -> Device:
         return Device("cuda", about.name, count, about.total_memory, bool((product.long() == a @ b).all()))
     except RuntimeError as error:  # no such device, or one that fails
         return Device("cuda", "unknown", count, 0, False, str(error).splitlines()[0])
+
+
+def look_at_kernels(plan: Plan) -> tuple[str, str]:
+    """A remark on what computes the model, and why it cannot be had; either may be empty. Builds what is built."""
+    import torch
+
+    from titans_train.errors import UserError
+    from titans_train.models.ready import check_ready
+
+    config = plan.config
+    try:
+        return check_ready(plan.shape, getattr(torch, config.run.dtype), config.data.packing == "isolate") or "", ""
+    except UserError as error:
+        return "", str(error)
 
 
 def _cpus() -> int:

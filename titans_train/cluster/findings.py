@@ -32,8 +32,8 @@ def judge(plan: Plan, facts: Sequence[Facts], seen: Sequence[bool], clocks: Sequ
     """All of them but the fabric's. `seen`: of each rank, whether rank 0's file came into sight; `clocks`: seconds that
     each rank's clock is ahead of rank 0's."""
     return [
-        *same_config(facts), *devices(facts), *memory(plan, facts), *software(facts), *clock(facts, clocks),
-        *disk(plan, facts, seen), *data(facts),
+        *same_config(facts), *devices(facts), *kernels(facts), *memory(plan, facts), *software(facts),
+        *clock(facts, clocks), *disk(plan, facts, seen), *data(facts),
     ]  # fmt: skip
 
 
@@ -84,6 +84,19 @@ def devices(facts: Sequence[Facts]) -> list[Finding]:
     one = facts[0].device
     count = f"{one.count} {'GPUs' if one.kind == 'cuda' else 'CPUs'} ({one.name}) on {facts[0].host}"
     return found or [Finding(OK, "devices", f"{count}; right results on all {len(facts)} ranks")]
+
+
+def kernels(facts: Sequence[Facts]) -> list[Finding]:
+    """What computes the model."""
+    for level, said in ((ERROR, "ready_error"), (WARNING, "ready")):
+        hosts: dict[str, list[str]] = {}
+        for fact in facts:
+            if text := getattr(fact, said):
+                hosts.setdefault(text, []).append(fact.host)
+        if hosts:
+            remedy = "install a C++ compiler there, or build once in a folder that all nodes see (TITANS_TRAIN_CACHE)"
+            return [Finding(level, "kernels", f"on {', '.join(_few(on))}: {text}", remedy) for text, on in hosts.items()]
+    return [Finding(OK, "kernels", "what computes the model is there on every rank")]
 
 
 def memory(plan: Plan, facts: Sequence[Facts]) -> list[Finding]:

@@ -188,7 +188,8 @@ def memory_scan(
     Returns y [batch, heads, length, d] in q's dtype, and the state after the last token. Arithmetic and
     states are float32, or float64 for float64 inputs. Errors: ValueError for shapes that do not fit.
     """
-    _check(q, k, v, theta, state, chunk_size, document_starts, document_state, eta)
+    _check(q, k, v, {"alpha": alpha, "eta": eta, "theta": theta}, {"gain": gain, "bias": bias})
+    _check_states(q, eta, state, chunk_size, document_starts, document_state)
     batch, length = q.shape[0], q.shape[2]
     if length == 0:
         return v.clone(), state
@@ -224,21 +225,50 @@ def above(state: MemoryState, base: Weights | None, sign: int) -> MemoryState:
     return replace(state, weights=weights)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, state: MemoryState, chunk_size: int,
-    starts: Tensor | None, document_state: MemoryState | None, eta: Tensor | None,
-) -> None:  # fmt: skip
-    if not (q.shape == k.shape == v.shape and theta.shape == q.shape[:3]):
+def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor | None], norm: dict[str, Tensor | None]) -> None:
+    given = {name: tuple(gate.shape) for name, gate in gates.items() if gate is not None}
+    if not q.shape == k.shape == v.shape or any(shape != q.shape[:3] for shape in given.values()):
         raise ValueError(
             "q, k, v are [batch, heads, length, d] and gates [batch, heads, length]; "
-            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, theta {tuple(theta.shape)}"
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, {given}"
         )
+    for name, x in norm.items():
+        if x is not None and x.shape != (q.shape[1], q.shape[3]):
+            raise ValueError(f"{name} is [heads, d], {(q.shape[1], q.shape[3])} here; got {tuple(x.shape)}")
+
+
+def _check_layers(name: str, layers: Weights, like: Weights, q: Tensor) -> None:
+    """layers: [batch or 1, heads, d_in, d_out] each, as those of `like`."""
+    batch, heads, _, d = q.shape
+    widths = [d, *(w.shape[-1] for w in like)]
+    for x, a, b in zip(layers, widths, widths[1:], strict=False):
+        if x.dim() != 4 or x.shape[0] not in (1, batch) or x.shape[1:] != (heads, a, b):
+            shapes = [tuple(x.shape) for x in layers]
+            raise ValueError(
+                f"{name} is [{batch} or 1, {heads}, d_in, d_out] by layer, after the one before; got {shapes}"
+            )
+
+
+def _check_states(
+    q: Tensor, eta: Tensor | None, state: MemoryState, chunk_size: int, starts: Tensor | None,
+    document_state: MemoryState | None,
+) -> None:  # fmt: skip
     d = q.shape[-1]
     if state.weights[0].shape[-2] != d or state.weights[-1].shape[-1] != d:
         shapes = [tuple(w.shape) for w in state.weights]
         raise ValueError(f"the memory maps width {d} to width {d}; its weights have shapes {shapes}")
-    if eta is not None and not state.momentum:
-        raise ValueError("eta is given but the state has no momentum; start it with MemoryState.start(weights)")
+    for name, each in (("state", state), ("document_state", document_state if starts is not None else None)):
+        if each is None:
+            continue
+        if len(each.weights) != len(state.weights) or (eta is not None and len(each.momentum) != len(state.weights)):
+            raise ValueError(
+                f"{name} has {len(each.weights)} layers and momentum of {len(each.momentum)}, the state "
+                f"{len(state.weights)} layers{'' if eta is None else ' and, eta being given, needs momentum of each'}; "
+                "start it with MemoryState.start(weights)"
+            )
+        _check_layers(f"the weights of {name}", each.weights, state.weights, q)
+        _check_layers(f"the momentum of {name}", each.momentum if eta is not None else (), state.weights, q)
+        _check_layers(f"the anchor of {name}", each.anchor or (), state.weights, q)
     if not 0 <= state.offset < chunk_size:
         raise ValueError(f"the state is {state.offset} tokens inside a chunk, but chunk_size is {chunk_size}")
     if starts is None:

@@ -23,7 +23,10 @@ def alone(x: Tensor, how: str) -> None:
 
 
 def token_losses(logits: Tensor, labels: Tensor, first: int = 0, combine: Combine = alone) -> Tensor:
-    """Cross-entropies [N], float32 or better, of logits [N, V] for vocabulary from `first` on; label below 0: 0."""
+    """Cross-entropies [N], float32 or better, of logits [N, V] for vocabulary from `first` on; label below 0: 0.
+
+    Label that no share has: NaN.
+    """
     losses: Tensor = _TokenLosses.apply(logits, labels, first, combine)
     return losses
 
@@ -50,16 +53,18 @@ class _TokenLosses(torch.autograd.Function):
         wide = torch.promote_types(logits.dtype, torch.float32)
         most = logits.amax(-1).to(wide)
         combine(most, "max")
-        sums = most.new_zeros(2, len(most))  # of exponentials, and the label's logit above the most
+        sums = most.new_zeros(3, len(most))  # of exponentials; the label's logit above the most; shares that have it
         for rows, x in _blocks(logits):
             x -= most[rows, None]
             picked = x.gather(1, place[rows, None])[:, 0]
             sums[1, rows] = torch.where(here[rows], picked, 0)
+            sums[2, rows] = here[rows].to(sums.dtype)
             sums[0, rows] = x.exp_().sum(-1)
         combine(sums, "sum")
         log_sums = sums[0].log()
         ctx.save_for_backward(logits, place, here, labels >= 0, most, log_sums)
-        return torch.where(labels >= 0, log_sums - sums[1], 0)
+        losses = torch.where(sums[2] > 0, log_sums - sums[1], torch.nan)
+        return torch.where(labels >= 0, losses, 0)
 
     @staticmethod
     @once_differentiable

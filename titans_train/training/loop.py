@@ -16,9 +16,8 @@ from torch import Tensor
 
 from titans_train.data import Batch, SyntheticDataset, TokenDataset, loader, open_dataset
 from titans_train.errors import UserError
-from titans_train.memory import kernels
-from titans_train.memory.peers import kernels as peer_kernels
 from titans_train.models import LanguageModel, recording
+from titans_train.models.ready import check_ready
 from titans_train.monitoring import signals
 from titans_train.monitoring.metrics import read_metrics
 from titans_train.monitoring.plot import plot_loss
@@ -26,7 +25,7 @@ from titans_train.monitoring.throughput import peak_memory_bytes
 from titans_train.monitoring.watchdog import PATIENCE, Heartbeat, Watchdog
 from titans_train.parallel import Engine, Mesh, agree, make_parts, process_group
 from titans_train.parallel.engine import zero_config
-from titans_train.parallel.launch import device, together
+from titans_train.parallel.launch import together
 from titans_train.parallel.replicas import differences
 from titans_train.parallel.shards import ShardSettings
 from titans_train.parallel.waits import Blocked, timed_waits
@@ -93,7 +92,7 @@ def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str,
         if mesh.is_first:
             print(signals.stopped(number, 0, 0, 0), flush=True)
         raise signals.Requeue(number, 0)
-    if (remark := agree(lambda: _check_kernels(plan), mesh)) is not None and mesh.is_first:
+    if (remark := agree(lambda: _check_ready(plan), mesh)) is not None and mesh.is_first:
         print(remark, flush=True)
     agree(lambda: run_folder.check(plan), mesh, first_only=True)
     agree(lambda: check_disk(plan.run_directory, plan.checkpoint_bytes), mesh, first_only=True)
@@ -116,17 +115,9 @@ def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str,
         return run.go(stop_after)
 
 
-def _check_kernels(plan: Plan) -> str | None:
-    """UserError where what computes the model cannot be had; or a remark."""
-    memory = plan.shape.memory
-    if plan.shape.attention.kernels == "flex" and device().type != "cuda":
-        raise UserError("attention.kernels is flex, but there is no CUDA device: use auto or plain")
-    if memory is not None and memory.rule == "titans":
-        isolated, dtype = plan.config.data.packing == "isolate", getattr(torch, plan.config.run.dtype)
-        return kernels.check(memory.kernels, kernels.Trial(memory, plan.shape.head_dim, dtype, isolated))
-    if memory is not None:
-        peer_kernels.check(memory.peer_kernels)
-    return None
+def _check_ready(plan: Plan) -> str | None:
+    config = plan.config
+    return check_ready(plan.shape, getattr(torch, config.run.dtype), config.data.packing == "isolate")
 
 
 def _watchdog(plan: Plan, mesh: Mesh) -> Watchdog:

@@ -122,15 +122,16 @@ class Trial:
         q.grad.sum().item()  # waits: what fails on the device is known here
 
 
-def check(kernels: str, trial: Trial | None = None) -> str | None:
+def check(kernels: str, trial: Trial | None = None, cuda: bool | None = None) -> str | None:
     """For a training to ask before it starts: builds what is built, and runs Triton's kernels once on `trial`.
 
+    cuda: it will run on a GPU; None: if there is one.
     UserError where what is asked for cannot be had; a remark where `auto` has to take plain PyTorch on a CPU.
     """
-    reason = None
+    reason, cuda = None, torch.cuda.is_available() if cuda is None else cuda
     if kernels == "compiled":
-        reason = "it is for CPUs, and there is a CUDA device" if torch.cuda.is_available() else compiled.why_not()
-    elif kernels == "auto" and not torch.cuda.is_available() and (without := compiled.why_not()) is not None:
+        reason = "it is for CPUs, and there is a CUDA device" if cuda else compiled.why_not()
+    elif kernels == "auto" and not cuda and (without := compiled.why_not()) is not None:
         return f"memory.kernels is auto: plain PyTorch, at less than half the speed, since {without}"
     elif kernels == "triton":
         reason = _no_triton(trial)

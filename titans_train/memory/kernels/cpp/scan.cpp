@@ -31,9 +31,45 @@ struct Call {
     double eps;
 };
 
-template <class T>
-T* data(const Maybe& x) {
-    return x ? x->template data_ptr<T>() : nullptr;
+// What follows reads memory by these sizes. `like`: whose numbers are of the same type.
+void fits(const Tensor& x, at::IntArrayRef sizes, const Tensor& like, const char* name) {
+    TORCH_CHECK(x.sizes() == sizes, name, " has sizes ", x.sizes(), "; needed are ", sizes);
+    TORCH_CHECK(x.device().is_cpu() && x.is_contiguous() && x.scalar_type() == like.scalar_type(), name,
+                " is to be contiguous, on the CPU and of ", like.scalar_type());
+}
+
+void fits(const Maybe& x, at::IntArrayRef sizes, const Tensor& like, const char* name) {
+    if (x) fits(*x, sizes, like, name);
+}
+
+// Weights, then momentum (if any), of layers that map d to hidden widths and back to d
+void state_fits(const Call& call, const Tensors& state, const Tensors& like, const char* name) {
+    const int64_t kinds = call.eta ? 2 : 1, depth = static_cast<int64_t>(state.size()) / kinds, d = call.q.size(2);
+    TORCH_CHECK(depth > 0 && state.size() == like.size() && kinds * depth == static_cast<int64_t>(state.size()), name,
+                " has ", state.size(), " tensors");
+    for (int64_t i = 0; i < kinds * depth; i++) {
+        const int64_t l = i % depth, in = l ? like[l - 1].size(2) : d, out = l + 1 == depth ? d : like[l].size(2);
+        fits(state[i], {call.q.size(0), in, out}, call.q, name);
+    }
+}
+
+void call_fits(const Call& call, const Tensors& state) {
+    const Tensor& q = call.q;
+    TORCH_CHECK(q.dim() == 3 && (q.scalar_type() == at::kFloat || q.scalar_type() == at::kDouble), "q has sizes ",
+                q.sizes(), " and type ", q.scalar_type());
+    const int64_t n = q.size(0), length = q.size(1), d = q.size(2);
+    for (const Tensor& x : {call.q, call.k, call.v}) fits(x, {n, length, d}, q, "q, k or v");
+    for (const Maybe& gate : {Maybe(call.keep), call.eta, Maybe(call.theta)}) fits(gate, {n, length}, q, "a gate");
+    for (const Maybe& x : {call.gain, call.bias}) fits(x, {n, 1, d}, q, "gain or bias");
+    if (call.starts) {
+        fits(*call.starts, {n, length}, *call.starts, "starts");
+        TORCH_CHECK(call.starts->scalar_type() == at::kBool, "starts are bool");
+        state_fits(call, call.document, state, "the document state");
+    }
+    TORCH_CHECK(call.start >= 0 && call.size > 0 && call.start + call.chunks * call.size <= length, "chunks of ",
+                call.size, " from ", call.start, " leave ", length, " tokens");
+    for (const Tensor& x : state) TORCH_CHECK(x.dim() == 3, "a state has sizes ", x.sizes());
+    state_fits(call, state, state, "the state");
 }
 
 template <class T>
@@ -231,6 +267,9 @@ void forward(Tensor q, Tensor k, Tensor v, Tensor keep, Maybe eta, Tensor theta,
              Maybe gain, Maybe bias, int64_t start, int64_t chunks, int64_t size, bool gelu, double eps, Tensors state,
              Tensor y, Maybe surprises) {
     const Call call{q, k, v, keep, eta, theta, starts, document, gain, bias, start, chunks, size, gelu, eps};
+    call_fits(call, state);
+    fits(y, q.sizes(), q, "y");
+    fits(surprises, keep.sizes(), q, "surprises");
     chosen(call, [&](auto number, auto activation) {
         forward_rows<decltype(number), decltype(activation)>(call, state, y, surprises);
     });
@@ -242,6 +281,14 @@ void backward(Tensor q, Tensor k, Tensor v, Tensor keep, Maybe eta, Tensor theta
               Tensor d_theta, Maybe d_gain, Maybe d_bias, Tensors d_document) {
     const Call call{q, k, v, keep, eta, theta, starts, document, gain, bias, start, chunks, size, gelu, eps};
     const Gradients g{adj, d_q, d_k, d_v, d_keep, d_eta, d_theta, d_gain, d_bias, d_document};
+    call_fits(call, stored);
+    state_fits(call, adj, stored, "the adjoint");
+    if (starts) state_fits(call, d_document, stored, "the document state's gradient");
+    for (const Tensor& x : {d_y, d_q, d_k, d_v}) fits(x, q.sizes(), q, "a gradient of tokens");
+    for (const Maybe& x : {Maybe(d_keep), d_eta, Maybe(d_theta)}) fits(x, keep.sizes(), q, "a gradient of gates");
+    for (const Maybe& x : {d_gain, d_bias}) fits(x, {q.size(0), 1, q.size(2)}, q, "a gradient of the norm");
+    TORCH_CHECK(d_eta.has_value() == eta.has_value() && d_gain.has_value() == gain.has_value(),
+                "there are gradients of what is there");
     chosen(call, [&](auto number, auto activation) {
         backward_rows<decltype(number), decltype(activation)>(call, stored, d_y, g);
     });
@@ -252,15 +299,19 @@ std::vector<int64_t> work() { return {products_made.load(), flops_made.load()}; 
 }  // namespace titans
 
 TORCH_LIBRARY(titans_train, m) {
-    m.def("scan_work() -> int[]", titans::work);  // products, and their FLOPs, so far
     const std::string call =
         "(Tensor q, Tensor k, Tensor v, Tensor keep, Tensor? eta, Tensor theta, Tensor? starts, Tensor[] document, "
         "Tensor? gain, Tensor? bias, int start, int chunks, int size, bool gelu, float eps, ";
-    m.def(("scan_forward" + call + "Tensor(a!)[] state, Tensor(b!) y, Tensor(c!)? surprises) -> ()").c_str(), titans::forward);
+    m.def(("scan_forward" + call + "Tensor(a!)[] state, Tensor(b!) y, Tensor(c!)? surprises) -> ()").c_str());
     m.def(("scan_backward" + call +
            "Tensor[] stored, Tensor d_y, Tensor(a!)[] adj, Tensor(b!) d_q, Tensor(c!) d_k, Tensor(d!) d_v, "
            "Tensor(e!) d_keep, Tensor(f!)? d_eta, Tensor(g!) d_theta, Tensor(h!)? d_gain, Tensor(i!)? d_bias, "
            "Tensor(j!)[] d_document) -> ()")
-              .c_str(),
-          titans::backward);
+              .c_str());
+    m.def("scan_work() -> int[]", titans::work);  // products, and their FLOPs, so far
+}
+
+TORCH_LIBRARY_IMPL(titans_train, CPU, m) {
+    m.impl("scan_forward", titans::forward);
+    m.impl("scan_backward", titans::backward);
 }
