@@ -16,6 +16,7 @@ from torch import Tensor
 from titans_train.errors import UserError
 
 P = ParamSpec("P")
+FORMS = 32  # of shapes and options, that a function may be compiled for
 
 
 def fused(function: Callable[P, Tensor], on: bool) -> Callable[P, Tensor]:
@@ -25,6 +26,8 @@ def fused(function: Callable[P, Tensor], on: bool) -> Callable[P, Tensor]:
 
 @functools.cache
 def _compiled(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    # training, evaluation, documents or none, heads that are made unit or not: more forms than the usual 8
+    torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
     return torch.compile(function)
 
 

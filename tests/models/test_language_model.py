@@ -48,7 +48,16 @@ def test_changing_a_token_moves_nothing_before_it(block: str) -> None:
 @pytest.mark.parametrize("block", MODELS)
 @pytest.mark.parametrize("pieces", [[1] * LENGTH, [10, 1, 1, 7, 8]], ids=["tokens", "pieces"])
 def test_decoding_with_carried_state_equals_the_parallel_forward(block: str, pieces: list[int]) -> None:
-    model, x = build(tiny(block)), tokens()
+    assert_decoding_equals_the_parallel_forward(tiny(block), pieces)
+
+
+@pytest.mark.parametrize("block", BLOCKS[1:])
+def test_decoding_where_forgetting_leads_to_the_start(block: str) -> None:
+    assert_decoding_equals_the_parallel_forward(tiny(block, memory={"forget_to": "start"}), [10, 1, 1, 7, 8])
+
+
+def assert_decoding_equals_the_parallel_forward(shape: ModelShape, pieces: list[int]) -> None:
+    model, x = build(shape), tokens()
     whole = model(x).logits
     state, outputs, start = None, [], 0
     for size in pieces:

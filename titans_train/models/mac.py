@@ -120,15 +120,21 @@ class MACBlock(Block):
     ) -> tuple[Tensor, MACState]:
         """All segments of some rows, [B, L, H d] -> [B, L, H d]: the memory's chain goes through them."""
         state = state.with_chain(self.across.receive("chain", state.chain(), number))
-        outputs, first, length = [], 0, given["q"].shape[1]
-        while first < length:
-            stop = min(first + self.segment - state.position, length)
-            piece = {name: value[:, first:stop] for name, value in given.items()}
-            inside = None if starts is None else starts[:, first:stop]
-            y, state = self._piece(piece, state, fixed, inside, initial, ends=stop == length)
+        outputs, sizes = [], self._sizes(given["q"].shape[1], state.position)
+        # split at once: the gradient of a slice would be as long as the sequence, for every segment
+        pieces = {name: value.split(sizes, 1) for name, value in given.items()}
+        inside = None if starts is None else starts.split(sizes, 1)
+        for n in range(len(sizes)):
+            piece, start = {name: parts[n] for name, parts in pieces.items()}, None if inside is None else inside[n]
+            y, state = self._piece(piece, state, fixed, start, initial, ends=n + 1 == len(sizes))
             outputs.append(y)
-            first = stop
         return self.across.send("chain", torch.cat(outputs, 1), state.chain(), number), state
+
+    def _sizes(self, length: int, position: int) -> list[int]:
+        """Of the rest of a segment begun, whole ones, and what is left."""
+        first = min(self.segment - position, length)
+        whole, left = divmod(length - first, self.segment)
+        return [size for size in (first, *[self.segment] * whole, left) if size]
 
     def _enter_segment(self, state: MACState, starts: Tensor | None, initial: MemoryState | None) -> MACState:
         """At a segment's first token: new documents take the initial memory, and the read memory moves on."""
