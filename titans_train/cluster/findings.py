@@ -95,7 +95,7 @@ def kernels(facts: Sequence[Facts]) -> list[Finding]:
                 hosts.setdefault(text, []).append(fact.host)
         if hosts:
             remedy = "install a C++ compiler there, or build once in a folder that all nodes see (TITANS_TRAIN_CACHE)"
-            return [Finding(level, "kernels", f"on {', '.join(_few(on))}: {text}", remedy) for text, on in hosts.items()]
+            return [Finding(level, "kernels", f"on {', '.join(_few(on))}: {t}", remedy) for t, on in hosts.items()]
     return [Finding(OK, "kernels", "what computes the model is there on every rank")]
 
 
