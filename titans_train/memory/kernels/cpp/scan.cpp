@@ -114,8 +114,8 @@ Options<T> options(const Call& call, const Tensors& state) {
     return o;
 }
 
-// While it lives, this thread takes numbers below the least normal one for zero: what is left of old momenta gets there,
-// where a product is some ten times slower.
+// While it lives, this thread takes numbers below the least normal one for zero: what is left of old momenta gets
+// there, where a product is some ten times slower.
 class NoDenormals {
 #if defined(__x86_64__)
     static constexpr unsigned flush = 0x8040;  // results and operands
