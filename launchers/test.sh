@@ -13,7 +13,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 prepare_environment test
 bash launchers/install_system.sh || true # says why not; the tests that need it are then skipped
 
-STREAMS=("tests/slurm tests/fault_table" "tests/benchmark tests/evaluation tests/inference tests/memory tests/models")
+STREAMS=(
+    "tests/slurm tests/fault_table"
+    "tests/benchmark tests/data tests/data_prep tests/evaluation tests/inference tests/memory tests/models"
+)
 status=0 running=() logs="$(mktemp -d)"
 trap '((${#running[@]} == 0)) || kill "${running[@]}" || true; rm -rf -- "$logs"' EXIT
 say "ruff"
