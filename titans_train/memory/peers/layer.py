@@ -49,6 +49,11 @@ def _start(name: str, size: tuple[int, ...]) -> Tensor:
     return torch.full(size, {"D": 1.0, "removal": 0.85, "mix": 1.0, "bonus": 0.0}[name])
 
 
+def _wide(x: Tensor) -> Tensor:
+    """In float32 or better, as the recurrence, its gates and its state are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class PeerMemory(nn.Module):
     def __init__(self, shape: ModelShape, parts: Parts) -> None:
         super().__init__()
@@ -74,8 +79,7 @@ class PeerMemory(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, L, H d] -> [B, H, L, d], in float32 or better"""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        return _wide(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
 
     def forward(
         self,
@@ -90,9 +94,10 @@ class PeerMemory(nn.Module):
         """As `NeuralMemory.forward`; a document starts from nothing, whatever `document_memory` says."""
         inputs = [given["memory_q"], given["memory_k"], given["memory_v"]]
         convolutions, positions = [self.q_conv, self.k_conv, self.v_conv], document_positions(document_starts)
-        (q, k, v), tails = convolve(
+        made, tails = convolve(
             convolutions, inputs, state.tails, positions, across, self.heads, unit=(False, False, False)
         )
+        q, k, v = (_wide(x) for x in made)
         constants = {name: x.to(q.dtype) for name, x in zip(self.names, self.constants(), strict=True)}
         gates = {name: given[name].to(q.dtype) for name in given if name in ("beta", "decay", "rate")}
         before = tuple(w.to(q.dtype) for w in state.memory.weights)
