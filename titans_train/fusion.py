@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,16 +16,17 @@ from torch import Tensor
 from titans_train.errors import UserError
 
 P = ParamSpec("P")
+T = TypeVar("T")
 FORMS = 32  # of shapes and options, that a function may be compiled for
 
 
-def fused(function: Callable[P, Tensor], on: bool) -> Callable[P, Tensor]:
+def fused(function: Callable[P, T], on: bool) -> Callable[P, T]:
     """`function`, or with `on` what torch.compile makes of it: once per process, and again for other shapes."""
     return _compiled(function) if on else function
 
 
 @functools.cache
-def _compiled(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def _compiled(function: Callable[P, T]) -> Callable[P, T]:
     # training, evaluation, documents or none, heads that are made unit or not: more forms than the usual 8
     torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
     return torch.compile(function)

@@ -75,18 +75,19 @@ class AttentionShape:
     kernels: str = "auto"  # "auto", "plain" or "flex": how windows and documents are computed; not stored
 
 
+def tile(size: int) -> int:
+    """Of Triton's: powers of two, and it multiplies no matrices smaller than 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def beyond_kernels(depth: int, chunk: int, width: int, exact: bool) -> list[tuple[str, int, int]]:
     """What a memory's own kernels (memory/kernels) do not take, as it is and at most: their tiles are to fit on a GPU's
     chip. width: of a head; exact: they multiply in float32.
     """
-
-    def block(size: int) -> int:
-        return max(16, 1 << (size - 1).bit_length())
-
     limits = [
         ("a depth", depth, 2), ("chunks in float32" if exact else "chunks", chunk, 32 if exact else 64),
         ("heads", width, 128),
-        ("chunks x width of a head, each rounded up to a power of two,", block(chunk) * block(width), 4096),
+        ("chunks x width of a head, each rounded up to a power of two,", tile(chunk) * tile(width), 4096),
     ]  # fmt: skip
     return [limit for limit in limits if limit[1] > limit[2]]
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.memory.kernel_cases import errors, results, tame
 from tests.memory.test_scan import Case, assert_same
+from titans_train.benchmark.counts import compiled_work, operator
 from titans_train.errors import UserError
 from titans_train.memory import MemoryState, kernels, memory_scan, recurrence
 from titans_train.memory.kernels import compiled
@@ -48,27 +50,11 @@ def test_it_passes_the_exactness_tests_of_the_scan() -> None:
 def test_its_error_is_at_most_twice_that_of_plain_pytorch(
     depth: int, d: int, hidden: int, norm: bool, momentum: bool, documents: bool, launches: list[str]
 ) -> None:
-    case = Case(
-        depth=depth, length=70, chunk=16, d=d, hidden=hidden, norm=norm, momentum=momentum, documents=documents
-    ).build()
-    with torch.no_grad():  # widths of 16 to 40 want smaller weights and steps than those of test_scan.py
-        for name, x in case.leaves.items():
-            if name[0] in "qkwd" or name == "theta":
-                x.mul_(0.3)
-    leaves = dict(case.leaves)
-
-    def results(dtype: torch.dtype, how: str) -> dict[str, Tensor]:
-        case.leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
-        outputs, gradients = case.run(partial(memory_scan, kernels=how))
-        return {**{f"output {i}": x for i, x in enumerate(outputs)}, **gradients}
-
-    exact = results(torch.float64, "plain")
-    far = {
-        how: {name: float(((x - exact[name]).norm() / exact[name].norm()).detach()) for name, x in found.items()}
-        for how in ("plain", "compiled")
-        for found in [results(torch.float32, how)]
-    }
-    assert launches == ["forward", "backward"] and all(x.isfinite().all() for x in exact.values())
+    case = Case(depth=depth, length=70, chunk=16, d=d, hidden=hidden, norm=norm, momentum=momentum, documents=documents)
+    tame(case.build())
+    exact = results(case, torch.float64, "plain")
+    far = {how: errors(results(case, torch.float32, how), exact) for how in ("plain", "compiled")}
+    assert launches == ["forward", "backward"]
     for name, error in far["compiled"].items():
         assert error <= max(2 * far["plain"][name], FLOOR), (name, error, far["plain"][name])
 
@@ -163,19 +149,7 @@ def test_it_takes_no_more_products_or_flops_than_it_did(chunk: int, products: fl
     """Per token of 4 heads of 64, hidden 256, 2 layers, a state every 16 chunks; no clock. The bounds are those of
     tests/benchmark/test_counts.py. (Without recomputation: 66 d h + 12 b (d + h) per head.)
     """
-    heads, d, hidden, length = 4, 64, 256, 1024
-
-    def rows(*shape: int) -> Tensor:
-        return torch.rand(1, heads, length, *shape, requires_grad=True)
-
-    weights = tuple(torch.randn(1, heads, a, b) * a**-0.5 for a, b in ((d, hidden), (hidden, d)))
-    state = MemoryState.start(tuple(w.requires_grad_() for w in weights))
-    norm = {name: torch.rand(heads, d, requires_grad=True) for name in ("gain", "bias")}
-    given = [rows(d), rows(d), rows(d), rows(), rows(), rows()]
-    scan(*given, state, chunk_size=chunk, **norm)[0].sum()  # built
-    before = torch.ops.titans_train.scan_work()
-    scan(*given, state, chunk_size=chunk, **norm)[0].sum().backward()
-    made, done = ((after - b) / length for after, b in zip(torch.ops.titans_train.scan_work(), before, strict=True))
+    made, done = (n / 1024 for n in compiled_work(operator("compiled", 4, 64, 256, chunk, 1024)))
     assert 0.9 * products <= made <= 1.5 * products and 0.9 * flops <= done <= 1.5 * flops
 
 

@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from titans_train.errors import UserError
 from titans_train.memory import MemoryState, memory_scan, recurrence
+from titans_train.memory.kernels import compiled
 
 ALLOCATION = ("empty", "new_empty", "empty_like")
 
@@ -65,14 +67,27 @@ def count(run: Callable[[], object]) -> Counts:
     return Counts(sum(calls.calls.values()), flops.get_total_flops(), calls.bytes)
 
 
+def compiled_work(run: Callable[[], object]) -> tuple[int, int]:
+    """Products and their FLOPs that the compiled scan makes in one call of `run`, by its own count."""
+    if (reason := compiled.why_not()) is not None:
+        raise UserError(reason)
+    before = torch.ops.titans_train.scan_work()
+    run()
+    products, flops = (after - b for after, b in zip(torch.ops.titans_train.scan_work(), before, strict=True))
+    return products, flops
+
+
 def operator(
     how: str, heads: int, d: int, hidden: int, chunk: int, length: int, store_every: int = 16, depth: int = 2
 ) -> Callable[[], None]:
-    """Forward and backward with all gradients of the memory on the meta device, one row of `heads`; how: recurrence
-    (token by token) or dual (memory_scan in plain PyTorch). With momentum, forgetting and the norm inside.
+    """Forward and backward with all gradients of the memory, one row of `heads`; how: recurrence (token by token) or
+    dual (memory_scan in plain PyTorch) on the meta device, or compiled, of zeros. With momentum, forgetting and the
+    norm inside.
     """
 
     def leaf(*shape: int) -> Tensor:
+        if how == "compiled":
+            return torch.zeros(*shape, requires_grad=True)
         return torch.empty(*shape, device="meta", requires_grad=True)
 
     def run() -> None:
@@ -81,10 +96,11 @@ def operator(
         state = MemoryState.start(tuple(leaf(1, heads, a, b) for a, b in zip(sizes, sizes[1:], strict=False)))
         given = [*(F.normalize(leaf(*rows, d), dim=-1) for _ in range(3)), *(leaf(*rows) for _ in range(3)), state]
         options: dict[str, Any] = {"chunk_size": chunk, "gain": leaf(heads, d), "bias": leaf(heads, d)}
-        if how == "dual":
-            y, _ = memory_scan(*given, store_every=store_every, **options)  # type: ignore[arg-type, misc]
-        else:
+        if how == "recurrence":
             y, _ = recurrence(*given, **options)  # type: ignore[arg-type, misc]
+        else:
+            options |= {"store_every": store_every, "kernels": "plain" if how == "dual" else how}
+            y, _ = memory_scan(*given, **options)  # type: ignore[arg-type, misc]
         y.sum().backward()
 
     return run

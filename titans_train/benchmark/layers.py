@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from titans_train.benchmark import device, record
 from titans_train.benchmark.cost import measure
 from titans_train.benchmark.layer_cases import (
@@ -31,11 +29,10 @@ from titans_train.benchmark.layer_cases import (
     prepared,
     shape_of,
 )
-from titans_train.benchmark.turns import Figures, in_turns
+from titans_train.benchmark.turns import Figures, begin, in_turns, unit
 from titans_train.errors import UserError
 from titans_train.memory import kernels
 from titans_train.outputs import check_file
-from titans_train.parallel.launch import flush_denormals
 
 GATED_DELTANET_CHUNK = 64  # changes its speed only
 
@@ -64,9 +61,7 @@ def cases_of(options: argparse.Namespace) -> dict[str, Case]:
 
 def measured(case: Case, sizes: Sizes) -> Figures:
     """In a fresh process."""
-    torch.set_num_threads(1)
-    flush_denormals()
-    torch.manual_seed(0)
+    begin()
     shape = shape_of(case.what, case.chunk, case.length, sizes)
     flops = None if shape is None else flops_of(case.what, shape, case.length)
     prepare = prepared(case.what, shape, case.chunk, sizes)
@@ -75,8 +70,8 @@ def measured(case: Case, sizes: Sizes) -> Figures:
     )
 
 
-def table(results: dict[str, dict[str, Any]], unit: str) -> str:
-    lines = [f"| | tokens/{unit} | us/token | peak MiB | kept KiB/token | of matmul rate |", "|---" * 6 + "|"]
+def table(results: dict[str, dict[str, Any]], per: str) -> str:
+    lines = [f"| | tokens/{per} | us/token | peak MiB | kept KiB/token | of matmul rate |", "|---" * 6 + "|"]
     for name, r in results.items():
         used = f"{r['utilisation']:.0%}" if "utilisation" in r else ""
         kept = f"{r['activation_kib_per_token']:,.1f}" if "activation_kib_per_token" in r else ""
@@ -150,13 +145,8 @@ def main(argv: list[str]) -> int:
         return 0
     for case in cases.values():
         shape_of(case.what, case.chunk, case.length, sizes)
-    unit = "CPU-s" if options.device == "cpu" else "s"
-
-    def say(figures: Figures) -> str:
-        return f"{figures['tokens_per_second']:,.0f} tokens/{unit}"
-
-    results, failed = in_turns("layers", argv, list(cases), options.rounds, options.device, say)
-    print(table(results, unit))
+    results, failed = in_turns("layers", argv, list(cases), options.rounds, options.device)
+    print(table(results, unit(options.device)))
     for line in ratios(cases, results):
         print(f"\n{line}")
     if options.json:

@@ -22,11 +22,10 @@ from titans_train.benchmark import record
 from titans_train.benchmark.cost import Work, measure
 from titans_train.benchmark.dual_autograd import dual_autograd
 from titans_train.benchmark.layer_cases import KERNELS, Sizes, flops_of, prepared, shape_of
-from titans_train.benchmark.turns import Figures, in_turns
+from titans_train.benchmark.turns import Figures, begin, in_turns
 from titans_train.errors import UserError
 from titans_train.memory import MemoryState, kernels, memory_scan
 from titans_train.outputs import check_file
-from titans_train.parallel.launch import flush_denormals
 
 DIM, HEADS, EXPANSION = 256, 4, 4
 HEAD_DIM = DIM // HEADS
@@ -113,9 +112,7 @@ def operator_flops(chunk: int) -> float:
 def measured(case: str, how: str, compile: bool = False) -> Figures:
     """In a fresh process."""
     what, chunk, length, norm = CASES[case]
-    torch.set_num_threads(1)
-    flush_denormals()
-    torch.manual_seed(0)
+    begin()
     if what in ("operator", "autograd"):
         prepare, flops = operator(what, chunk, norm, how), operator_flops(chunk) if what == "operator" else None
     else:
@@ -173,11 +170,7 @@ def main(argv: list[str]) -> int:
     if options.one:
         print(json.dumps(measured(options.one, options.kernels, options.compile)))
         return 0
-
-    def say(figures: Figures) -> str:
-        return f"{figures['tokens_per_second']:,.0f} tokens/CPU-s"
-
-    results, failed = in_turns("memory", argv, options.cases, options.rounds, "cpu", say)
+    results, failed = in_turns("memory", argv, options.cases, options.rounds, "cpu")
     print(table(results))
     if options.json:
         record.write(options.json, record.about("memory", argv, "cpu", "float32"), results)

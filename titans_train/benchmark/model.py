@@ -20,18 +20,18 @@ from typing import Any
 from titans_train.benchmark import device, record
 from titans_train.benchmark.step_parts import PARTS, PHASES, watch
 from titans_train.benchmark.training_steps import (
-    check_kernels,
     checked_device,
     plan_of,
     split_overrides,
     training_steps,
 )
-from titans_train.benchmark.turns import Figures, in_turns
+from titans_train.benchmark.turns import Figures, in_turns, unit
 from titans_train.errors import UserError
 from titans_train.monitoring.throughput import peak_memory_bytes
 from titans_train.outputs import check_file
 from titans_train.plan import Plan
 from titans_train.shape import BLOCKS
+from titans_train.training.ready import check_ready
 
 SIZES = Path(__file__).resolve().parents[2] / "configs" / "sizes"
 WARM_UP = 2  # steps
@@ -59,7 +59,6 @@ def cases_of(options: argparse.Namespace, overrides: list[str]) -> dict[str, Cas
         for file, more in _files(path, options.blocks):
             for length in options.lengths or [None]:
                 plan = plan_of(file, [*overrides, *more], options.micro_batches, length)
-                check_kernels(plan)
                 case = Case(path.stem if path.suffix in (".yaml", ".yml") else path.name, plan.shape.block, plan)
                 found[case.name] = case
     return found
@@ -107,8 +106,8 @@ def _marked(step: Any, timeline: Any) -> None:
     timeline.mark()
 
 
-def table(cases: dict[str, Case], results: dict[str, dict[str, Any]], unit: str) -> str:
-    lines = [f"| | parameters | tokens/{unit} | to transformer | MFU | peak MiB | step, s |", "|---" * 7 + "|"]
+def table(cases: dict[str, Case], results: dict[str, dict[str, Any]], per: str) -> str:
+    lines = [f"| | parameters | tokens/{per} | to transformer | MFU | peak MiB | step, s |", "|---" * 7 + "|"]
     for name, r in results.items():
         case = cases[name]
         other = results.get(Case(case.source, "transformer", case.plan).name)
@@ -170,13 +169,10 @@ def main(argv: list[str]) -> int:
     if options.one:
         print("\n" + json.dumps(measured(cases[options.one], options)))
         return 0
-    unit = "CPU-s" if options.device == "cpu" else "s"
-
-    def say(figures: Figures) -> str:
-        return f"{figures['tokens_per_second']:,.0f} tokens/{unit}"
-
-    results, failed = in_turns("model", argv, list(cases), options.rounds, options.device, say)
-    print(f"{table(cases, results, unit)}\n\n{table_of_parts(results)}")
+    for case in cases.values():
+        check_ready(case.plan, options.device == "cuda")
+    results, failed = in_turns("model", argv, list(cases), options.rounds, options.device)
+    print(f"{table(cases, results, unit(options.device))}\n\n{table_of_parts(results)}")
     if options.json:
         dtypes = "/".join(sorted({case.plan.config.run.dtype for case in cases.values()}))
         more = {"micro_batches": options.micro_batches, "warm_up": WARM_UP, "steps": options.steps}

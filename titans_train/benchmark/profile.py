@@ -21,7 +21,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from titans_train.benchmark import device
 from titans_train.benchmark.training_steps import (
     TrainingSteps,
-    check_kernels,
     checked_device,
     plan_of,
     split_overrides,
@@ -31,6 +30,7 @@ from titans_train.benchmark.turns import in_a_process
 from titans_train.errors import UserError
 from titans_train.outputs import check_file
 from titans_train.plan import Plan
+from titans_train.training.ready import check_ready
 
 GROUPS = ("matmul", "attention", "memory scan", "element-wise", "copies", "optimizer", "views", "other")
 MATMUL = ("mm", "addmm", "bmm", "baddbmm", "addbmm", "matmul", "linear")
@@ -143,10 +143,10 @@ def main(argv: list[str]) -> int:
     check_file("--output", options.output)
     where = checked_device(options.device)
     plan = plan_of(options.config, overrides, options.micro_batches)
-    check_kernels(plan)
     if options.one:
         work(plan, options, where)
         return 0
+    check_ready(plan, where == "cuda")
     done = in_a_process("profile", [*argv, "--device", where, "--one"], where)
     print(done.stdout, end="")
     print(done.stderr if done.returncode else "", end="", file=sys.stderr)

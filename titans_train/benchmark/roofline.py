@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from titans_train.benchmark import record
-from titans_train.benchmark.counts import count, operator
-from titans_train.benchmark.device import check, seconds
-from titans_train.memory import MemoryState, memory_scan
+from titans_train.benchmark.counts import compiled_work, count, operator
+from titans_train.benchmark.device import check, matmul_rate, seconds
 from titans_train.memory.kernels import compiled
 from titans_train.outputs import check_file
 from titans_train.shape import beyond_kernels
@@ -102,25 +101,9 @@ def of_compiled(d: int, hidden: int, chunk: int) -> Work:
     adjoints, once per segment. Cache: each product's matrix of d h (59 with what is written back), 40 of T h.
     """
     chunks = segment(chunk)
-    flops = compiled_flops(d, hidden, chunk, chunk * chunks)
+    _, flops = compiled_work(operator("compiled", 1, d, hidden, chunk, chunk * chunks, chunks))
     memory = token_bytes(d, chunk, 4) + state_bytes(d, hidden) * 6 / (chunks * chunk)
-    return Work(flops, memory, 4 * (59 * d * hidden / chunk + 40 * hidden), 2 / (chunks * chunk))
-
-
-def compiled_flops(d: int, hidden: int, chunk: int, length: int) -> float:
-    """Per token of one head, by the library's own count."""
-
-    def rows(*shape: int) -> torch.Tensor:
-        return torch.rand(1, 1, length, *shape, requires_grad=True)
-
-    layers = tuple(torch.rand(1, 1, a, b, requires_grad=True) for a, b in ((d, hidden), (hidden, d)))
-    norm = {name: torch.ones(1, d, requires_grad=True) for name in ("gain", "bias")}
-    given = [rows(d) / d, rows(d) / d, rows(d) / d, rows() / 9, rows() / 9, rows() / 9]
-    before = torch.ops.titans_train.scan_work()[1]
-    options: dict[str, Any] = {"chunk_size": chunk, "store_every": segment(chunk), "kernels": "compiled", **norm}
-    y, _ = memory_scan(*given, MemoryState.start(layers), **options)  # type: ignore[arg-type, misc]
-    y.sum().backward()
-    return float(torch.ops.titans_train.scan_work()[1] - before) / length
+    return Work(flops / (chunks * chunk), memory, 4 * (59 * d * hidden / chunk + 40 * hidden), 2 / (chunks * chunk))
 
 
 def _seconds(run: Callable[[], object], device: str) -> float:
@@ -131,19 +114,17 @@ def _seconds(run: Callable[[], object], device: str) -> float:
 
 def measured(device: str) -> Ceilings:
     """Matmul: of the dtype that products have there (TF32 on a GPU, float32 on a CPU)."""
-    cuda = device == "cuda"
-    n = 8192 if cuda else 1024
-    large, small = (1 << 30, 16 << 20) if cuda else (256 << 20, 1 << 19)
+    large, small = (1 << 30, 16 << 20) if device == "cuda" else (256 << 20, 1 << 19)
     torch.backends.cuda.matmul.allow_tf32 = True
-    a, b = (torch.randn(n, n, device=device) for _ in range(2))
-    matmul = 2 * n**3 / _seconds(lambda: a @ b, device)
 
     def copying(size: int) -> float:
         source, to = (torch.randn(size // 4, device=device) for _ in range(2))
         return 2 * size / _seconds(lambda: to.copy_(source), device)
 
     one = torch.zeros(1, device=device)
-    return Ceilings(matmul, copying(large), copying(small), _seconds(lambda: one.add_(1), device))
+    return Ceilings(
+        matmul_rate(device, torch.float32), copying(large), copying(small), _seconds(lambda: one.add_(1), device)
+    )
 
 
 def rows_of(options: argparse.Namespace, at: Ceilings) -> list[dict[str, Any]]:

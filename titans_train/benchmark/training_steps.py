@@ -16,7 +16,6 @@ import torch
 from titans_train.benchmark import device
 from titans_train.config import RunConfig, load_config
 from titans_train.data import Batch
-from titans_train.memory import kernels
 from titans_train.parallel import Engine, process_group
 from titans_train.plan import Plan, make_plan
 from titans_train.training.loop import build_engine
@@ -50,12 +49,6 @@ def plan_of(path: Path, overrides: Sequence[str], micro_batches: int, length: in
     rows = max(1, t.micro_batch_size * t.sequence_length // length)
     changed = {"sequence_length": length, "micro_batch_size": rows, "global_batch_size": rows * micro_batches}
     return make_plan(config.model_copy(update={"training": t.model_copy(update=changed)}))
-
-
-def check_kernels(plan: Plan) -> None:
-    """UserError where the memory's are asked for and cannot be had."""
-    if plan.shape.memory is not None and plan.shape.memory.rule == "titans":
-        kernels.check(plan.shape.memory.kernels)
 
 
 @dataclass(frozen=True)

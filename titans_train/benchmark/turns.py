@@ -10,19 +10,35 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+
+from titans_train.parallel.launch import flush_denormals
 
 Figures = dict[str, float]
 
 
+def unit(device: str) -> str:
+    """Of what time is counted in."""
+    return "CPU-s" if device == "cpu" else "s"
+
+
+def begin() -> None:
+    """A case in its process: one thread, no denormals (as training has it), the same random numbers every time."""
+    torch.set_num_threads(1)
+    flush_denormals()
+    torch.manual_seed(0)
+
+
 def in_turns(
-    verb: str, argv: Sequence[str], cases: Sequence[str], rounds: int, device: str, say: Callable[[Figures], str]
+    verb: str, argv: Sequence[str], cases: Sequence[str], rounds: int, device: str
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Medians over the rounds, and the "rounds" themselves, of each case; and the cases that failed.
 
-    A process is the verb with `argv` and `--one CASE`; the last line that it prints is its figures as JSON. say: what
-    is told of them at once, on stderr; and why a case failed, which is then left out.
+    A process is the verb with `argv` and `--one CASE`; the last line that it prints is its figures as JSON. Their
+    tokens per second are told at once, on stderr; and why a case failed, which is then left out.
     """
     found: dict[str, list[Figures]] = {case: [] for case in cases}
     failed: list[str] = []
@@ -34,7 +50,8 @@ def in_turns(
                 print(f"{case} failed, and is left out:\n{figures}", file=sys.stderr)
                 continue
             found[case].append(figures)
-            print(f"round {number}: {case}: {say(figures)}", file=sys.stderr)
+            speed = f"{figures['tokens_per_second']:,.0f} tokens/{unit(device)}"
+            print(f"round {number}: {case}: {speed}", file=sys.stderr)
     return {case: medians(found[case]) for case in cases if case not in failed}, failed
 
 

@@ -119,14 +119,11 @@ def look_at_device(local_rank: int) -> Device:
 
 def look_at_kernels(plan: Plan) -> tuple[str, str]:
     """A remark on what computes the model, and why it cannot be had; either may be empty. Builds what is built."""
-    import torch
-
     from titans_train.errors import UserError
-    from titans_train.models.ready import check_ready
+    from titans_train.training.ready import check_ready
 
-    config = plan.config
     try:
-        return check_ready(plan.shape, getattr(torch, config.run.dtype), config.data.packing == "isolate") or "", ""
+        return check_ready(plan) or "", ""
     except UserError as error:
         return "", str(error)
 

@@ -7,7 +7,6 @@ has the same in plain masks, and the legend.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from titans_train.fusion import fused
+
 if TYPE_CHECKING:
     from titans_train.models.attention import Persistent
 
 BLOCK = 128  # queries, and keys, that its kernels take at a time
-
-
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention)
 
 
 def attend(
@@ -44,7 +40,7 @@ def attend(
         return inside if documents is None else inside & (documents[b, query + cached] == documents[b, key])
 
     blocks = visible_blocks(q.shape[2], keys.shape[2], window, q.device, seen, documents is None)
-    function: Any = _compiled() if q.device.type == "cuda" else flex_attention
+    function: Any = fused(flex_attention, q.device.type == "cuda")
     y, aux = function(q, keys, values, block_mask=blocks, scale=scale, return_aux=AuxRequest(lse=True))
     if fixed is None:
         return y

@@ -17,7 +17,6 @@ from torch import Tensor
 from titans_train.data import Batch, SyntheticDataset, TokenDataset, loader, open_dataset
 from titans_train.errors import UserError
 from titans_train.models import LanguageModel, recording
-from titans_train.models.ready import check_ready
 from titans_train.monitoring import signals
 from titans_train.monitoring.metrics import read_metrics
 from titans_train.monitoring.plot import plot_loss
@@ -38,6 +37,7 @@ from titans_train.training.decisions import asked_to_stop, decide
 from titans_train.training.nonfinite import NonFinite
 from titans_train.training.optimizer import learning_rate, make_optimizer
 from titans_train.training.progress import Progress
+from titans_train.training.ready import check_ready
 from titans_train.training.reports import Reports
 from titans_train.training.resume import resume
 from titans_train.training.step import StepResult, train_step
@@ -92,7 +92,7 @@ def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str,
         if mesh.is_first:
             print(signals.stopped(number, 0, 0, 0), flush=True)
         raise signals.Requeue(number, 0)
-    if (remark := agree(lambda: _check_ready(plan), mesh)) is not None and mesh.is_first:
+    if (remark := agree(lambda: check_ready(plan), mesh)) is not None and mesh.is_first:
         print(remark, flush=True)
     agree(lambda: run_folder.check(plan), mesh, first_only=True)
     agree(lambda: check_disk(plan.run_directory, plan.checkpoint_bytes), mesh, first_only=True)
@@ -113,11 +113,6 @@ def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str,
         run = Run(plan, mesh, engine, data.at(progress.cursor), held_out, progress, watchdog, blocked, carried)
         held.callback(run.reports.close)
         return run.go(stop_after)
-
-
-def _check_ready(plan: Plan) -> str | None:
-    config = plan.config
-    return check_ready(plan.shape, getattr(torch, config.run.dtype), config.data.packing == "isolate")
 
 
 def _watchdog(plan: Plan, mesh: Mesh) -> Watchdog:

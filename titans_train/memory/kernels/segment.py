@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from titans_train.memory.activation import Gelu
@@ -17,8 +16,8 @@ from titans_train.memory.kernels.backward import scan_backward
 from titans_train.memory.kernels.coefficients import coefficients, coefficients_backward
 from titans_train.memory.kernels.forward import scan_forward
 from titans_train.memory.walk import Segment, Sequence, SequenceGradients
+from titans_train.shape import tile
 
-LEAST = 16  # tl.dot multiplies no smaller matrices
 # Of the hidden width: with 32 every backward keeps more numbers outside registers (1.15 to 4 times as many), and no
 # forward fewer.
 TILE = 16
@@ -71,12 +70,8 @@ class Launch:
 
     def options(self, weights: list[Tensor], momentum: list[Tensor]) -> dict[str, Any]:
         d, h = weights[-1].shape[-1], weights[-1].shape[-2]
-
-        def block(size: int) -> int:
-            return max(LEAST, triton.next_power_of_2(size))
-
         return {
-            "BLOCK_T": block(self.segment.size), "BLOCK_D": block(d), "BLOCK_H": min(TILE, block(h)),
+            "BLOCK_T": tile(self.segment.size), "BLOCK_D": tile(d), "BLOCK_H": min(TILE, tile(h)),
             "DEEP": len(weights) == 2, "MOMENTUM": bool(momentum), "NORM": self.seq.norm is not None,
             "GELU": isinstance(self.seq.act, Gelu), "DOCUMENTS": self.seq.starts is not None,
             "PRECISION": self.precision, "num_warps": 8, "num_stages": 1, "maxnreg": REGISTERS,

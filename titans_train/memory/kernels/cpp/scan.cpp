@@ -193,7 +193,8 @@ struct BackwardSpace {
     }
 };
 
-// What the backward fills: tokens: of q, k, v, keep, eta, theta; norm: of gain and bias; adj and document: of states.
+// What the backward fills, those of the tokens' tensors, and adds to; adj: of the state after the segment, which move to
+// before it.
 struct Gradients {
     Tensors adj;
     Tensor d_q, d_k, d_v, d_keep;

@@ -8,14 +8,15 @@ from titans_train import fusion
 from titans_train.errors import UserError
 from titans_train.memory import kernels
 from titans_train.memory.peers import kernels as peer_kernels
-from titans_train.shape import ModelShape
+from titans_train.plan import Plan
 
 
-def check_ready(shape: ModelShape, dtype: torch.dtype, documents: bool) -> str | None:
-    """UserError where what the shape asks for cannot be had, and a remark where a slower way has to do. Builds what is
-    built. dtype: of the model; documents: sequences hold documents of their own.
+def check_ready(plan: Plan, cuda: bool | None = None) -> str | None:
+    """UserError where what the plan asks for cannot be had, and a remark where a slower way has to do. Builds what is
+    built. cuda: it will run on a GPU; None: if there is one.
     """
-    cuda, memory = torch.cuda.is_available(), shape.memory
+    cuda, shape = torch.cuda.is_available() if cuda is None else cuda, plan.shape
+    memory = shape.memory
     if shape.attention.kernels == "flex" and not cuda:
         raise UserError("attention.kernels is flex, but there is no CUDA device: use auto or plain")
     if shape.compile:
@@ -23,6 +24,7 @@ def check_ready(shape: ModelShape, dtype: torch.dtype, documents: bool) -> str |
     if memory is None:
         return None
     if memory.rule == "titans":
+        dtype, documents = getattr(torch, plan.config.run.dtype), plan.config.data.packing == "isolate"
         return kernels.check(memory.kernels, kernels.Trial(memory, shape.head_dim, dtype, documents), cuda)
     peer_kernels.check(memory.peer_kernels)
     return None
