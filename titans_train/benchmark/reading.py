@@ -27,11 +27,11 @@ import torch
 
 from titans_train.config import ConfigError, RunConfig, check_config
 from titans_train.errors import UserError
+from titans_train.host import flush_denormals
 from titans_train.inference.sampling import Reading, Sampler, generate, read
 from titans_train.models import LanguageModel
 from titans_train.models.tree import tensors_of
 from titans_train.outputs import check_file
-from titans_train.parallel.launch import flush_denormals
 from titans_train.plan import resolve_shape
 from titans_train.shape import BLOCKS, ModelShape
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from titans_train.parallel.launch import flush_denormals
+from titans_train.host import flush_denormals, keep_freed_memory
 
 Figures = dict[str, float]
 
@@ -26,9 +26,12 @@ def unit(device: str) -> str:
 
 
 def begin() -> None:
-    """A case in its process: one thread, no denormals (as training has it), the same random numbers every time."""
+    """A case in its process: one thread, the processor and memory as training has them, the same random numbers every
+    time.
+    """
     torch.set_num_threads(1)
     flush_denormals()
+    keep_freed_memory()
     torch.manual_seed(0)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from titans_train.errors import UserError
+from titans_train.host import flush_denormals
 from titans_train.inference.arguments import arguments
 from titans_train.inference.batch import generate_rows
 from titans_train.inference.incoming import read_stream
@@ -22,7 +23,6 @@ from titans_train.inference.source import encode, find, load_checked, tokenizer_
 from titans_train.inference.state_file import check_place, load_reading, save_reading
 from titans_train.inference.text import TextStream
 from titans_train.models.stored import fingerprint
-from titans_train.parallel.launch import flush_denormals
 
 
 @dataclass(frozen=True)

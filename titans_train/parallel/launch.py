@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from titans_train.errors import UserError
+from titans_train.host import flush_denormals, keep_freed_memory
 from titans_train.monitoring.signals import Requeue
 from titans_train.parallel.groups import data_group, leave_groups, make_groups
 from titans_train.parallel.mesh import Mesh
@@ -30,13 +30,6 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def flush_denormals() -> None:
-    """A CPU is several times slower at numbers near zero, which a memory's are where it has all but forgotten."""
-    for dtype in (np.float32, np.float64):
-        np.finfo(dtype)  # asks the processor once, and would be told another limit later
-    torch.set_flush_denormal(True)
-
-
 @contextmanager
 def process_group(
     tensor: int = 1, sequence: int = 1, timeout: timedelta = TIMEOUT, world_timeout: timedelta = TIMEOUT
@@ -51,6 +44,8 @@ def process_group(
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
+    else:
+        keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group(backend, timeout=world_timeout)
     else:
