@@ -68,22 +68,19 @@ struct Inner {
 // What the read of a chunk is made of, for its backward.
 template <class T>
 struct Read {
-    Matrices<T> y, slope;               // inputs of each layer, y[0] is q; f' of what came before them
-    Matrices<T> scores, through[2];     // Y X'; Y W and Y S where the output is the narrower side
-    Matrix<T> value, rstd;              // the norm of the last layer's output
-    Matrix<T> scaled, masked;           // working space: the narrower side scaled, T x T
+    Matrices<T> y, pre, slope;   // inputs of each layer, y[0] is q; what came before them, and f' of it
+    Matrices<T> scores;          // Y X'
+    Matrix<T> value, rstd;       // the norm of the last layer's output
+    Matrix<T> scaled, masked;    // working space: one side of a layer scaled, T x T
 
     Read(Arena<T>& arena, const Options<T>& o, int tokens) {
         int widest = 0;
         y.emplace_back();
-        slope.emplace_back();
         for (int l = 0; l < o.depth(); l++) {
-            const int out = o.sizes[l + 1];
-            widest = std::max(widest, std::min(o.sizes[l], out));
+            widest = std::max({widest, o.sizes[l], o.sizes[l + 1]});
             scores.push_back(arena.matrix(tokens, tokens));
-            for (auto& t : through) t.push_back(o.narrow_in(l) ? Matrix<T>() : o.input(arena, l + 1, tokens));
             if (l + 1 == o.depth()) break;
-            for (auto* each : {&y, &slope}) each->push_back(o.input(arena, l + 1, tokens));
+            for (auto* each : {&y, &pre, &slope}) each->push_back(o.input(arena, l + 1, tokens));
         }
         value = arena.matrix(tokens, o.sizes.back());
         rstd = arena.matrix(tokens, 1);
@@ -143,38 +140,46 @@ void surprise(const Options<T>& o, const Inner<T>& s, T* working, T* to) {
     for (int t = 0; t < tokens; t++) to[t] = std::sqrt(to[t]);
 }
 
-// The causal read of every token: y_out [T, d].
+// One layer of the read; r.scores[l] and the inputs are there.
+template <class T>
+void read_layer(const Options<T>& o, const Coefficients<T>& c, const State<T>& at, const Inner<T>& s, const Read<T>& r,
+                int l, const Matrix<T>& out) {
+    for (int of = 0; of < 1 + o.momentum; of++) {
+        const T* scale = of ? c.anchor_momentum() : c.anchor();
+        const Matrix<T>& weight = of ? at.s[l] : at.w[l];
+        const Matrix<T> scaled = (o.narrow_in(l) ? r.y[l] : out).over(r.scaled.at);
+        if (o.narrow_in(l)) {
+            scale_rows(scale, r.y[l], scaled);
+            product(scaled, weight, out, T(1), T(of));
+        } else {
+            product(r.y[l], weight, scaled);
+            scale_rows(scale, scaled, out, of);
+        }
+    }
+    c.mask(r.scores[l], r.masked);
+    lower_product(r.masked, s.delta[l], out, T(-1), T(1));
+}
+
+// The causal read of every token: y_out [T, d]; or only r, for the backward, with y_out as working space.
 template <class T, class Activation>
 void chunk_read(const Options<T>& o, const Norm<T>& norm, const Coefficients<T>& c, const Matrix<T>& q,
-                const State<T>& at, const Inner<T>& s, Read<T>& r, const Matrix<T>& y_out) {
+                const State<T>& at, const Inner<T>& s, Read<T>& r, const Matrix<T>& y_out, bool only_r = false) {
     const int last = o.depth() - 1, d = o.sizes[0];
     r.y[0] = q;
     for (int l = 0; l <= last; l++) {
-        const Matrix<T>& out = l == last ? y_out : r.y[l + 1];
-        for (int of = 0; of < 1 + o.momentum; of++) {
-            const T* scale = of ? c.anchor_momentum() : c.anchor();
-            const Matrix<T>& weight = of ? at.s[l] : at.w[l];
-            if (o.narrow_in(l)) {
-                const Matrix<T> scaled = r.y[l].over(r.scaled.at);
-                scale_rows(scale, r.y[l], scaled);
-                product(scaled, weight, out, T(1), T(of));
-            } else {
-                product(r.y[l], weight, r.through[of][l]);
-                scale_rows(scale, r.through[of][l], out, of);
-            }
-        }
-        product(r.y[l], s.x[l].t(), r.scores[l]);
-        c.mask(r.scores[l], r.masked);
-        product(r.masked, s.delta[l], out, T(-1), T(1));
+        lower_scores(r.y[l], s.x[l], r.scores[l]);
+        if (l == last && only_r && !o.norm) return;
+        read_layer(o, c, at, s, r, l, l == last ? y_out : r.pre[l]);
         if (l == last) break;
-        by_vectors<T>(out.size(), [&](int64_t i, int64_t n) {
-            const auto jet = Activation::of(Vec<T>::loadu(out.at + i, n));
-            jet.value.store(out.at + i, n);
-            jet.slope.store(r.slope[l + 1].at + i, n);
+        by_vectors<T>(r.pre[l].size(), [&](int64_t i, int64_t n) {
+            const auto jet = Activation::of(Vec<T>::loadu(r.pre[l].at + i, n));
+            jet.value.store(r.y[l + 1].at + i, n);
+            jet.slope.store(r.slope[l].at + i, n);
         });
     }
     if (!o.norm) return;
     normalise(y_out, o.eps, r.value, r.rstd.at);
+    if (only_r) return;
     for (int t = 0; t < q.rows; t++) {
         const T *query = q.row(t), *x = r.value.row(t);
         T* y = y_out.row(t);

@@ -81,7 +81,7 @@ void read_backward(const Options<T>& o, const Coefficients<T>& c, const State<T>
                    const Read<T>& r, const State<T>& adj, Matrix<T> d_out, const Matrix<T>& d_q, Backward<T>& b) {
     for (int l = o.depth() - 1; l >= 0; l--) {
         const Matrix<T>&y = r.y[l], &x = s.x[l], &delta = s.delta[l], &d_y = l ? b.d_y[l - 1] : d_q;
-        product(d_out, delta.t(), b.scores);
+        lower_scores(d_out, delta, b.scores);
         for (int t = 0; t < c.tokens; t++) {
             const T *score = r.scores[l].row(t), *d_score = b.scores.row(t);
             T* to = b.rows.weight.row(t) + 2;
@@ -89,30 +89,23 @@ void read_backward(const Options<T>& o, const Coefficients<T>& c, const State<T>
         }
         c.mask(b.scores, b.scores);
         c.mask(r.scores[l], b.masked);
-        product(b.masked.t(), d_out, b.neg_delta[l], T(1), T(1));
-        product(b.scores.t(), y, b.neg_x[l], T(1), T(1));
-        product(b.scores, x, d_y, T(-1));
+        add_lower_turned(b.masked, d_out, b.neg_delta[l]);
+        add_lower_turned(b.scores, y, b.neg_x[l]);
+        lower_product(b.scores, x, d_y, T(-1));
         for (int of = 0; of < 1 + o.momentum; of++) {
             const T* scale = of ? c.anchor_momentum() : c.anchor();
             T* d_scale = b.rows.weight.at + of;
             const Matrix<T>&weight = of ? at.s[l] : at.w[l], &adjoint = of ? adj.s[l] : adj.w[l];
-            const Matrix<T> scaled = (o.narrow_in(l) ? y : d_out).over(b.wide.at);
-            if (o.narrow_in(l)) {
-                const Matrix<T> through = y.over(b.through.at);
-                product(d_out, weight.t(), through);
-                scale_rows(scale, through, d_y, true);
-                add_row_sums(through, y, T(1), d_scale, c.width);
-                scale_rows(scale, y, scaled);
-                product(scaled.t(), d_out, adjoint, T(1), T(1));
-            } else {
-                scale_rows(scale, d_out, scaled);
-                product(scaled, weight.t(), d_y, T(1), T(1));
-                add_row_sums(d_out, r.through[of][l], T(1), d_scale, c.width);
-                product(y.t(), scaled, adjoint, T(1), T(1));
-            }
+            const bool in = o.narrow_in(l);
+            const Matrix<T> through = y.over(b.through.at), scaled = (in ? y : d_out).over(b.wide.at);
+            product(d_out, weight.t(), through);
+            add_row_sums(through, y, T(1), d_scale, c.width);
+            scale_rows(scale, through, d_y, true);
+            scale_rows(scale, in ? y : d_out, scaled);
+            product((in ? scaled : y).t(), in ? d_out : scaled, adjoint, T(1), T(1));
         }
         if (l)
-            for (int64_t i = 0; i < d_y.size(); i++) d_y.at[i] *= r.slope[l].at[i];
+            for (int64_t i = 0; i < d_y.size(); i++) d_y.at[i] *= r.slope[l - 1].at[i];
         d_out = d_y;
     }
 }

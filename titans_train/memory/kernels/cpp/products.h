@@ -33,6 +33,12 @@ struct Matrix {
         other.flipped = !flipped;
         return other;
     }
+    Matrix part(int row, int col, int rows, int cols) const {  // from `row` and `col`
+        Matrix made(at + (flipped ? row + static_cast<int64_t>(col) * stride : col + static_cast<int64_t>(row) * stride),
+                    rows, cols, stride);
+        made.flipped = flipped;
+        return made;
+    }
     // of the same shape and order, in other memory
     Matrix over(T* memory) const { return flipped ? Matrix(memory, cols, rows).t() : Matrix(memory, rows, cols); }
     T* row(int r) const { return at + static_cast<int64_t>(r) * stride; }  // of what is stored
@@ -83,6 +89,44 @@ void product(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& c, T alpha
         sgemm_("N", left, &c.cols, &c.rows, &a.cols, &alpha, right, &stride, a.at, &a.stride, &beta, c.at, &c.stride);
     else
         dgemm_("N", left, &c.cols, &c.rows, &a.cols, &alpha, right, &stride, a.at, &a.stride, &beta, c.at, &c.stride);
+}
+
+// Products with T x T matrices of which only the lower triangle counts, block by block: half of them is left out, but
+// for the blocks on the diagonal. A block of this size is as quick as a larger one.
+constexpr int triangle_block = 32;
+
+// f(first, size) for every block of T
+template <class F>
+void by_blocks(int tokens, F f) {
+    for (int first = 0; first < tokens; first += triangle_block) f(first, std::min(triangle_block, tokens - first));
+}
+
+// c = a b', T x T: what is above the blocks on the diagonal is left as it was
+template <class T>
+void lower_scores(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& c) {
+    by_blocks(c.rows, [&](int first, int size) {
+        const int end = first + size;
+        product(a.part(first, 0, size, a.cols), b.part(0, 0, end, b.cols).t(), c.part(first, 0, size, end));
+    });
+}
+
+// c = alpha a b + beta c; a: T x T, zero above its diagonal
+template <class T>
+void lower_product(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& c, T alpha, T beta = 0) {
+    by_blocks(a.rows, [&](int first, int size) {
+        const int end = first + size;
+        product(a.part(first, 0, size, end), b.part(0, 0, end, b.cols), c.part(first, 0, size, c.cols), alpha, beta);
+    });
+}
+
+// c += a' b; a: as above
+template <class T>
+void add_lower_turned(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& c) {
+    by_blocks(a.rows, [&](int first, int size) {
+        const int rest = a.rows - first;
+        product(a.part(first, first, rest, size).t(), b.part(first, 0, rest, b.cols), c.part(first, 0, size, c.cols),
+                T(1), T(1));
+    });
 }
 
 // Matrices one after the other in memory; without memory it counts how much they need.

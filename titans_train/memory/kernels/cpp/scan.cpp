@@ -240,7 +240,7 @@ void backward_rows(const Call& call, const Tensors& stored, const Tensor& d_y, c
             const State<T>& at = space.states[j];
             row.fill(space.c, j);
             chunk_read<T, Activation>(
-                o, norm, space.c, row.tokens(call.q, j), at, space.inner[j], space.read, space.y);
+                o, norm, space.c, row.tokens(call.q, j), at, space.inner[j], space.read, space.y, true);
             chunk_backward<T, Activation>(
                 o, norm, space.c, at, space.inner[j], space.read, adj, row.tokens(d_y, j), space.backward,
                 row.tokens(g.d_q, j), row.tokens(g.d_k, j), row.tokens(g.d_v, j), row.vector(g.d_gain),
