@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from titans_train import plan_counts as counts
 from titans_train import plan_messages as messages
 from titans_train.placement import FLOAT32, Placement
-from titans_train.shape import MemoryShape, ModelShape
+from titans_train.shape import MemoryShape, ModelShape, part, triton_tokens
 
 ZERO_STAGES = (0, 1, 2, 3)
 PEER_KEPT = {  # counted from the tensors that memory/peers saves, chunks of 16 to 64 tokens, heads of 32 and 64
@@ -155,9 +155,19 @@ def working_bytes(shape: ModelShape, at: Placement) -> int:
     if shape.block == "mal":
         free += at.item * (at.tokens * 10 * own + at.stream_tokens * 2 * shape.width)
     calls, chunks = _scans(shape, at.length)
-    states = min(shape.memory.store_every, chunks) + 2
+    states = min(shape.memory.store_every, chunks) * _parts(shape, at) + 2
     scan = _state_bytes(shape, at) * states + 12 * FLOAT32 * own * at.tokens / calls
     return max(head, int(scan - free), 0)
+
+
+def _parts(shape: ModelShape, at: Placement) -> int:
+    """Of a chunk, before each of which Triton's kernels keep the state."""
+    memory = shape.memory
+    assert memory is not None
+    if memory.kernels != "triton":
+        return 1
+    tokens = part(memory.chunk_size, triton_tokens(shape.head_dim, exact=at.item == FLOAT32))
+    return memory.chunk_size // (tokens or memory.chunk_size)
 
 
 def _scans(shape: ModelShape, length: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 KERNEL_WIDTHS = range(16, 257, 2)  # of heads, that flash-linear-attention's kernels take
 BLOCKS = ("transformer", "lmm", "mac", "mag", "mal")
+LEAST_TOKENS, MOST_TOKENS = 16, 64  # of the parts in which kernels walk over a chunk
 BEFORE: dict[str, dict[str, Any]] = {  # what models are that were stored before there was a choice
     "memory": {"rule": "titans", "gate": "both", "forget_to": "zero"}, "attention": {"residual": False},
 }  # fmt: skip
@@ -80,16 +81,30 @@ def tile(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def beyond_kernels(depth: int, chunk: int, width: int, exact: bool) -> list[tuple[str, int, int]]:
-    """What a memory's own kernels (memory/kernels) do not take, as it is and at most: their tiles are to fit on a GPU's
-    chip. width: of a head; exact: they multiply in float32.
+def part(chunk: int, most: int = MOST_TOKENS) -> int | None:
+    """Tokens of the equal parts in which kernels walk over a chunk, the largest of LEAST_TOKENS to `most`; a chunk of
+    no more stays whole. None: it has no such parts.
     """
-    limits = [
-        ("a depth", depth, 2), ("chunks in float32" if exact else "chunks", chunk, 32 if exact else 64),
-        ("heads", width, 128),
-        ("chunks x width of a head, each rounded up to a power of two,", tile(chunk) * tile(width), 4096),
-    ]  # fmt: skip
-    return [limit for limit in limits if limit[1] > limit[2]]
+    if chunk <= most:
+        return chunk
+    return next((size for size in range(most, LEAST_TOKENS - 1, -1) if chunk % size == 0), None)
+
+
+def triton_tokens(width: int, exact: bool) -> int:
+    """Most tokens of a part for Triton's kernels, whose tiles are to fit on a GPU's chip. width: of a head; exact: they
+    multiply in float32.
+    """
+    return min(MOST_TOKENS // 2 if exact else MOST_TOKENS, 4096 // tile(width))
+
+
+def beyond_kernels(depth: int, chunk: int, width: int, exact: bool) -> list[str]:
+    """What Triton's kernels (memory/kernels) take, where that is not what is asked for; arguments as above."""
+    limits = [("a depth", depth, 2), ("heads", width, 256)]
+    found = [f"{what} of at most {most}; here it is {given}" for what, given, most in limits if given > most]
+    most = max(LEAST_TOKENS, triton_tokens(width, exact))
+    if part(chunk, most) is None:
+        found.append(f"chunks of up to {most} tokens or a multiple of {LEAST_TOKENS} to {most}; here it is {chunk}")
+    return found
 
 
 def missing(shape: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -258,11 +258,11 @@ CASES = [
         ["memory.kernels=auto"],
     ),
     (
-        ["memory.kernels=triton", "memory.chunk_size=64", "run.dtype=float32"],
+        ["memory.kernels=triton", "memory.chunk_size=122", "training.sequence_length=122", "run.dtype=float32"],
         "memory.kernels",
-        "chunks in float32 of at most 32",
+        "chunks of up to 32 tokens or a multiple of 16 to 32; here it is 122",
         "use auto",
-        ["memory.chunk_size=32"],
+        ["memory.chunk_size=61", "memory.kernels=plain"],
     ),
     (
         ["memory.kernels=triton", "memory.forget_to=start"],

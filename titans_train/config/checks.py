@@ -185,9 +185,8 @@ def kernels(config: RunConfig) -> Iterator[Problem]:
     if memory.kernels != "triton":
         return
     width = config.model.width // config.model.heads
-    for what, given, most in beyond_kernels(memory.depth, memory.chunk_size, width, config.run.dtype == "float32"):
-        message = f"triton, whose kernels take {what} of at most {most}; here it is {given}"
-        yield Problem("memory.kernels", message, "use auto or plain")
+    for limit in beyond_kernels(memory.depth, memory.chunk_size, width, config.run.dtype == "float32"):
+        yield Problem("memory.kernels", f"triton, whose kernels take {limit}", "use auto or plain")
 
 
 def tensor(config: RunConfig) -> Iterator[Problem]:

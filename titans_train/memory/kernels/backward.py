@@ -47,9 +47,10 @@ def _error(
 
 @triton.jit
 def _chunk(
-    q, k, v, d_y, coefs, last, states_w1, states_s1, states_w2, states_s2, gain, bias, d_w1, d_s1, d_w2, d_s2,
-    d_q, d_k, d_v, d_coefs, d_last, d_gain, d_bias, z, back, read, neg_x, neg_back, neg_z, deltas, x_hats, stride,
-    T: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    q, k, v, d_y, coefs, last, states_w1, states_s1, states_w2, states_s2, anchor_w1, anchor_w2, gain, bias,
+    d_w1, d_s1, d_w2, d_s2, d_anchor_w1, d_anchor_w2, d_q, d_k, d_v, d_coefs, d_last, d_gain, d_bias,
+    z, back, read, neg_x, neg_back, neg_z, deltas, x_hats, stride,
+    PARTS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, DEEP: tl.constexpr, MOMENTUM: tl.constexpr,
     NORM: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +59,7 @@ def _chunk(
     t, i = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     inside, at = (t < T)[:, None] & (i < D)[None, :], t[:, None] * D + i[None, :]
     delta, x_hat, rstd = anchor(
-        k, v, states_w1, states_w2, gain, bias, z, T, D, H,
+        k, v, anchor_w1, anchor_w2, gain, bias, z, T, D, H,
         BLOCK_T, BLOCK_D, BLOCK_H, DEEP, NORM, GELU, DEEP, PRECISION,
     )  # fmt: skip
     tl.store(deltas + at, delta, mask=inside)
@@ -66,8 +67,9 @@ def _chunk(
         tl.store(x_hats + at, x_hat, mask=inside)
     tl.debug_barrier()
     scores, d_out = read_again(
-        q, k, d_y, coefs, states_w1, states_s1, states_w2, states_s2, gain, bias, d_gain, d_bias,
-        z, back, read, deltas, stride, T, D, H, BLOCK_T, BLOCK_D, BLOCK_H, DEEP, MOMENTUM, NORM, GELU, PRECISION,
+        q, k, d_y, coefs, states_w1, states_s1, states_w2, states_s2, anchor_w2, gain, bias, d_gain, d_bias,
+        z, back, read, deltas, stride, PARTS, T, D, H,
+        BLOCK_T, BLOCK_D, BLOCK_H, DEEP, MOMENTUM, NORM, GELU, PRECISION,
     )  # fmt: skip
     tl.debug_barrier()
     neg_delta, d_decay, d_carry, d_writes, d_momentum_writes, d_end_decay, d_end_carry, d_end_momentum = last_layer(
@@ -78,7 +80,7 @@ def _chunk(
     neg_keys = tl.zeros([BLOCK_T, BLOCK_D], dtype)
     if DEEP:
         neg_delta, neg_keys, by_decay, by_carry, by_writes, by_momentum_writes, by_end1, by_end2, by_end3 = first_layer(
-            q, k, d_y, coefs, last, states_w1, states_s1, states_w2, d_w1, d_s1, d_q, d_coefs,
+            q, k, d_y, coefs, last, states_w1, states_s1, anchor_w2, d_w1, d_s1, d_q, d_coefs,
             z, back, read, neg_back, neg_z, neg_delta, stride, T, D, H,
             BLOCK_T, BLOCK_D, BLOCK_H, MOMENTUM, NORM, GELU, PRECISION,
         )  # fmt: skip
@@ -105,8 +107,8 @@ def _chunk(
         neg_keys += d_values
     tl.store(d_v + at, d_values, mask=inside)
     neg_keys = keys_backward(
-        k, states_w1, states_w2, d_w1, d_w2, d_k, z, neg_x, neg_back, neg_z, deltas, neg_out, neg_keys, T, D, H,
-        BLOCK_T, BLOCK_D, BLOCK_H, DEEP, GELU, PRECISION,
+        k, anchor_w1, anchor_w2, d_anchor_w1, d_anchor_w2, d_k, z, neg_x, neg_back, neg_z, deltas, neg_out, neg_keys,
+        T, D, H, BLOCK_T, BLOCK_D, BLOCK_H, DEEP, GELU, PRECISION,
     )  # fmt: skip
     tl.debug_barrier()
     if not DEEP:
@@ -119,12 +121,13 @@ def scan_backward(
     q, k, v, d_y, weight_rows, last_row, states_w1, states_s1, states_w2, states_s2, gain, bias, starts,
     d_w1, d_s1, d_w2, d_s2, d_document_w1, d_document_s1, d_document_w2, d_document_s2,
     d_q, d_k, d_v, d_weight_rows, d_last_row, d_gain, d_bias, z, back, read, neg_x, neg_back, neg_z, deltas, x_hats,
-    length, first, chunks, rows, T: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    d_anchor_w1, d_anchor_w2, length, first, chunks, rows,
+    PARTS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, DEEP: tl.constexpr, MOMENTUM: tl.constexpr,
     NORM: tl.constexpr, GELU: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Moves d_w*, d_s* from after the segment to before it; fills d_q, d_k, d_v and the gradients of the coefficients;
-    adds to d_gain, d_bias and d_document_*.
+    adds to d_gain, d_bias and d_document_*. d_anchor_*: zeros, if PARTS > 1.
     """
     row = tl.program_id(0).to(tl.int64)
     size: tl.constexpr = D * H
@@ -132,19 +135,32 @@ def scan_backward(
     z, back, read, neg_x = z + row * T * H, back + row * T * H, read + row * T * H, neg_x + row * T * H
     neg_back, neg_z = neg_back + row * T * H, neg_z + row * T * H
     deltas, x_hats = deltas + row * T * D, x_hats + row * T * D
+    if PARTS > 1:
+        d_anchor_w1, d_anchor_w2 = at_row(d_anchor_w1, row, size), d_anchor_w2 + row * size
+    else:
+        d_anchor_w1, d_anchor_w2 = at_row(d_w1, row, size), d_w2 + row * size
     for step in tl.range(chunks, disable_licm=True):
         chunk = chunks - 1 - step
         token = (row * length + first + chunk * T) * D
         place = row * chunks + chunk
+        opening = place - chunk % PARTS
         _chunk(
             q + token, k + token, v + token, d_y + token, weight_rows + place * (T + 2), last_row + place * (T + 2),
             at_row(states_w1, place, size), at_row(states_s1, place, size), states_w2 + place * size,
-            at_row(states_s2, place, size), at_row(gain, row, D), at_row(bias, row, D), at_row(d_w1, row, size),
-            at_row(d_s1, row, size), d_w2 + row * size, at_row(d_s2, row, size), d_q + token, d_k + token, d_v + token,
+            at_row(states_s2, place, size), at_row(states_w1, opening, size), states_w2 + opening * size,
+            at_row(gain, row, D), at_row(bias, row, D), at_row(d_w1, row, size), at_row(d_s1, row, size),
+            d_w2 + row * size, at_row(d_s2, row, size), d_anchor_w1, d_anchor_w2, d_q + token, d_k + token, d_v + token,
             d_weight_rows + place * (T + 2), d_last_row + place * (T + 2), at_row(d_gain, row, D),
-            at_row(d_bias, row, D), z, back, read, neg_x, neg_back, neg_z, deltas, x_hats, stride, T, D, H,
+            at_row(d_bias, row, D), z, back, read, neg_x, neg_back, neg_z, deltas, x_hats, stride, PARTS, T, D, H,
             BLOCK_T, BLOCK_D, BLOCK_H, DEEP, MOMENTUM, NORM, GELU, PRECISION,
         )  # fmt: skip
+        if PARTS > 1:  # noqa: SIM102 (known when compiled)
+            if chunk % PARTS == 0:
+                tl.debug_barrier()
+                move(d_w2 + row * size, d_anchor_w2, size, 1024)
+                if DEEP:
+                    move(d_w1 + row * size, d_anchor_w1, size, 1024)
+                tl.debug_barrier()
         if DOCUMENTS:  # noqa: SIM102 (known when compiled)
             if tl.load(starts + row * length + first + chunk * T) != 0:
                 move(d_document_w2 + row * size, d_w2 + row * size, size, 1024)

@@ -27,6 +27,7 @@ from torch import Tensor
 from titans_train.memory.activation import Gelu
 from titans_train.memory.recurrence import NORM_EPS
 from titans_train.memory.walk import Segment, Sequence, SequenceGradients
+from titans_train.shape import part
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,11 +155,12 @@ class Launch:
 
     def _call(self) -> list[Any]:
         seq, segment = self.seq, self.segment
+        parts = segment.parts(part(segment.size) or segment.size)
         gain, bias = (None, None) if seq.norm is None else (seq.norm.gain.contiguous(), seq.norm.bias.contiguous())
         return [
             seq.q, seq.k, seq.v, seq.keep, seq.eta, seq.theta, seq.starts,
             [x.contiguous() for x in (*seq.document_weights, *seq.document_momentum)], gain, bias,
-            segment.start, segment.chunks, segment.size, isinstance(seq.act, Gelu), NORM_EPS,
+            parts.start, parts.chunks, parts.size, parts.chunks // segment.chunks, isinstance(seq.act, Gelu), NORM_EPS,
         ]  # fmt: skip
 
     def forward(

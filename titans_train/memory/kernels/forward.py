@@ -4,6 +4,9 @@ The state does not fit on chip beside what a chunk needs: it stays in memory (in
 and passes through in tiles of the hidden width, twice per chunk: for the keys at the anchor, and, once their error is
 known, for the rest. A memory of depth 1 is the last layer alone, with keys and queries as its inputs.
 
+Chunks of more tokens than fit on chip are walked over in parts, PARTS to a chunk: the keys of each meet the anchor,
+which is the weights before the chunk, while the state moves part by part. Below, T and `chunks` are then of parts.
+
 Shapes: q, k, v, y [rows, length, D]; weights and momentum of the first layer [rows, D, H], of the last [rows, H, D];
 coefficients [T, rows, chunks, T + 2] and the last momentum row [rows, chunks, T + 2] (gates.Coefficients); gain, bias
 [rows, D].
@@ -30,8 +33,8 @@ from titans_train.memory.kernels.tiles import (
 
 @triton.jit
 def _layers(
-    q, k, y, coefs, last, w1, s1, w2, s2, gain, bias, states_w1, states_s1, states_w2, states_s2, delta, stride,
-    T: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    q, k, y, coefs, last, w1, s1, w2, s2, anchor_w1, anchor_w2, gain, bias, states_w1, states_s1, states_w2, states_s2,
+    delta, stride, PARTS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, DEEP: tl.constexpr, MOMENTUM: tl.constexpr,
     NORM: tl.constexpr, GELU: tl.constexpr, READ: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -56,9 +59,13 @@ def _layers(
         if DEEP:
             across, few = i[:, None] * H + hidden[None, :], (i < D)[:, None] & (hidden < H)[None, :]
             weights1 = tl.load(w1 + across, mask=few, other=0.0)
-            z = dot(keys, weights1, PRECISION)
+            if PARTS > 1:
+                z = dot(keys, tl.load(anchor_w1 + across, mask=few, other=0.0), PRECISION)
+                back = dot(delta, tl.trans(tl.load(anchor_w2 + tile, mask=some, other=0.0)), PRECISION)
+            else:
+                z, back = dot(keys, weights1, PRECISION), dot(delta, tl.trans(weights2), PRECISION)
             x = value(z, GELU)
-            delta1 = dot(delta, tl.trans(weights2), PRECISION) * slope(z, GELU)
+            delta1 = back * slope(z, GELU)
             if READ:
                 read = decay * dot(queries, weights1, PRECISION)
                 read -= dot(masked, delta1, PRECISION)
@@ -114,17 +121,24 @@ def _layers(
 def scan_forward(
     q, k, v, y, weight_rows, last_row, w1, s1, w2, s2, gain, bias,
     starts, document_w1, document_s1, document_w2, document_s2, states_w1, states_s1, states_w2, states_s2,
-    length, first, chunks, rows, T: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    anchor_w1, anchor_w2, length, first, chunks, rows,
+    PARTS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, DEEP: tl.constexpr, MOMENTUM: tl.constexpr,
     NORM: tl.constexpr, GELU: tl.constexpr, DOCUMENTS: tl.constexpr, READ: tl.constexpr, KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Moves the state over the chunks, in place. READ: fills y. KEEP: fills states_* with those before chunks."""
+    """Moves the state over the chunks, in place. READ: fills y. KEEP: fills states_* with those before chunks.
+    anchor_*: working space, if PARTS > 1.
+    """
     row = tl.program_id(0).to(tl.int64)
     size: tl.constexpr = D * H
     stride = tl.cast(rows, tl.int64) * chunks * (T + 2)
     w1, s1, w2, s2 = at_row(w1, row, size), at_row(s1, row, size), w2 + row * size, at_row(s2, row, size)
     gain, bias = at_row(gain, row, D), at_row(bias, row, D)
+    if PARTS > 1:
+        anchor_w1, anchor_w2 = at_row(anchor_w1, row, size), anchor_w2 + row * size
+    else:
+        anchor_w1, anchor_w2 = w1, w2
     for chunk in tl.range(chunks, disable_licm=True):
         if DOCUMENTS:  # noqa: SIM102 (known when compiled)
             if tl.load(starts + row * length + first + chunk * T) != 0:
@@ -136,16 +150,23 @@ def scan_forward(
                     if MOMENTUM:
                         copy(s1, document_s1 + row * size, size, 1024)
                 tl.debug_barrier()
+        if PARTS > 1:  # noqa: SIM102 (known when compiled)
+            if chunk % PARTS == 0:
+                copy(anchor_w2, w2, size, 1024)
+                if DEEP:
+                    copy(anchor_w1, w1, size, 1024)
+                tl.debug_barrier()
         token, place = (row * length + first + chunk * T) * D, row * chunks + chunk
         delta, _, _ = anchor(
-            k + token, v + token, w1, w2, gain, bias, None, T, D, H,
+            k + token, v + token, anchor_w1, anchor_w2, gain, bias, None, T, D, H,
             BLOCK_T, BLOCK_D, BLOCK_H, DEEP, NORM, GELU, False, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
         _layers(
             q + token, k + token, at_row(y, token, 1), weight_rows + place * (T + 2), last_row + place * (T + 2),
-            w1, s1, w2, s2, gain, bias, at_row(states_w1, place, size), at_row(states_s1, place, size),
-            at_row(states_w2, place, size), at_row(states_s2, place, size), delta, stride, T, D, H,
+            w1, s1, w2, s2, anchor_w1, anchor_w2, gain, bias, at_row(states_w1, place, size),
+            at_row(states_s1, place, size), at_row(states_w2, place, size), at_row(states_s2, place, size),
+            delta, stride, PARTS, T, D, H,
             BLOCK_T, BLOCK_D, BLOCK_H, DEEP, MOMENTUM, NORM, GELU, READ, KEEP, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()

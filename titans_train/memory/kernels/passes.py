@@ -1,6 +1,7 @@
 """What a chunk's backward is made of (backward.py): its passes over the tiles of the hidden width.
 
-Pointers are to the chunk's own: tokens (`q`, `d_q`, ...), the state before it (`states_*`), its rows of coefficients
+Pointers are to the chunk's own: tokens (`q`, `d_q`, ...), the state before it (`states_*`), the weights at which its
+inner gradients were taken (`anchor_*`; those before it, but for later parts of a chunk), its rows of coefficients
 (`coefs`, `stride` numbers apart) and last momentum row (`last`); and to the row's own: the state's adjoints (`d_w*`,
 `d_s*`), gain and bias, and the numbers that go from one pass to another ([T, H] or, `deltas`, [T, D]).
 """
@@ -25,8 +26,8 @@ from titans_train.memory.kernels.tiles import (
 
 @triton.jit
 def read_again(
-    q, k, d_y, coefs, states_w1, states_s1, states_w2, states_s2, gain, bias, d_gain, d_bias, z, back, read, deltas,
-    stride, T: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    q, k, d_y, coefs, states_w1, states_s1, states_w2, states_s2, anchor_w2, gain, bias, d_gain, d_bias,
+    z, back, read, deltas, stride, PARTS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, DEEP: tl.constexpr, MOMENTUM: tl.constexpr,
     NORM: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +57,10 @@ def read_again(
             across = i[:, None] * H + hidden[None, :]
             within, beside = real & (hidden < H)[None, :], t[:, None] * H + hidden[None, :]
             pre = tl.load(z + beside, mask=within, other=0.0)
-            through = dot(delta, tl.trans(w2), PRECISION)
+            at_anchor = w2
+            if PARTS > 1:
+                at_anchor = tl.load(anchor_w2 + tile, mask=some, other=0.0)
+            through = dot(delta, tl.trans(at_anchor), PRECISION)
             tl.store(back + beside, through, mask=within)
             read1 = decay * dot(queries, tl.load(states_w1 + across, mask=few, other=0.0), PRECISION)
             if MOMENTUM:
@@ -164,7 +168,7 @@ def last_layer(
 
 @triton.jit
 def first_layer(
-    q, k, d_y, coefs, last, states_w1, states_s1, states_w2, d_w1, d_s1, d_q, d_coefs, z, back, read,
+    q, k, d_y, coefs, last, states_w1, states_s1, anchor_w2, d_w1, d_s1, d_q, d_coefs, z, back, read,
     neg_back, neg_z, neg_delta, stride, T: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, MOMENTUM: tl.constexpr, NORM: tl.constexpr,
     GELU: tl.constexpr, PRECISION: tl.constexpr,
@@ -221,7 +225,7 @@ def first_layer(
         tl.store(neg_z + beside, neg_delta1 * through * curvature(pre, GELU), mask=within)
         tl.store(neg_back + beside, neg_delta1 * inner, mask=within)
         tile = hidden[:, None] * D + i[None, :]
-        w2 = tl.load(states_w2 + tile, mask=(hidden < H)[:, None] & (i < D)[None, :], other=0.0)
+        w2 = tl.load(anchor_w2 + tile, mask=(hidden < H)[:, None] & (i < D)[None, :], other=0.0)
         neg_delta += dot(neg_delta1 * inner, w2, PRECISION)
     keys, queries = load_rows(k, at, inside, dtype), load_rows(q, at, inside, dtype)
     d_end_writes, d_end_momentum_writes = -tl.sum(by_weights * keys, 1), -tl.sum(by_momentum * keys, 1)
@@ -246,12 +250,12 @@ def first_layer(
 
 @triton.jit
 def keys_backward(
-    k, states_w1, states_w2, d_w1, d_w2, d_k, z, neg_x, neg_back, neg_z, deltas, neg_out, neg_keys,
+    k, anchor_w1, anchor_w2, d_w1, d_w2, d_k, z, neg_x, neg_back, neg_z, deltas, neg_out, neg_keys,
     T: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, DEEP: tl.constexpr, GELU: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Backward of the keys at the anchor: the adjoints of the state are complete. Gives the keys'."""
+    """Backward of the keys at the anchor, whose adjoints d_w* are added to. Gives the keys'."""
     dtype: tl.constexpr = d_w2.dtype.element_ty
     t, i, j = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_H)
     columns, real = (i < D)[None, :], (t < T)[:, None]
@@ -263,7 +267,7 @@ def keys_backward(
         some = (hidden < H)[:, None] & columns
         tile = hidden[:, None] * D + i[None, :]
         within, beside = real & (hidden < H)[None, :], t[:, None] * H + hidden[None, :]
-        w2 = tl.load(states_w2 + tile, mask=some, other=0.0)
+        w2 = tl.load(anchor_w2 + tile, mask=some, other=0.0)
         neg_x_tile = tl.load(neg_x + beside, mask=within, other=0.0) + dot(neg_out, tl.trans(w2), PRECISION)
         vw2 = tl.load(d_w2 + tile, mask=some, other=0.0)
         if DEEP:
@@ -275,7 +279,7 @@ def keys_backward(
             vw1 = tl.load(d_w1 + across, mask=few, other=0.0)
             vw1 -= dot(tl.trans(keys), neg_pre, PRECISION)
             tl.store(d_w1 + across, vw1, mask=few)
-            w1 = tl.load(states_w1 + across, mask=few, other=0.0)
+            w1 = tl.load(anchor_w1 + across, mask=few, other=0.0)
             neg_keys += dot(neg_pre, tl.trans(w1), PRECISION)
             vw2 -= dot(tl.trans(tl.load(neg_back + beside, mask=within, other=0.0)), delta, PRECISION)
         else:

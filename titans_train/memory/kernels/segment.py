@@ -16,7 +16,7 @@ from titans_train.memory.kernels.backward import scan_backward
 from titans_train.memory.kernels.coefficients import coefficients, coefficients_backward
 from titans_train.memory.kernels.forward import scan_forward
 from titans_train.memory.walk import Segment, Sequence, SequenceGradients
-from titans_train.shape import tile
+from titans_train.shape import part, tile, triton_tokens
 
 # Of the hidden width: with 32 every backward keeps more numbers outside registers (1.15 to 4 times as many), and no
 # forward fewer.
@@ -49,10 +49,11 @@ def _pairs(weights: list[Tensor], momentum: list[Tensor]) -> list[Tensor | None]
 
 @dataclass(frozen=True)
 class Launch:
-    """One segment of a call."""
+    """One segment of a call, in parts, `per_chunk` to a chunk: a chunk, here and in the kernels, is a part."""
 
     seq: Sequence
     segment: Segment
+    per_chunk: int
     keep: Tensor  # [rows, chunks, T]
     eta: Tensor | None
     coef: Coefficients
@@ -60,13 +61,21 @@ class Launch:
 
     @classmethod
     def of(cls, seq: Sequence, segment: Segment, precision: str) -> Launch:
-        keep, eta, theta = seq.gates(segment)
+        most = triton_tokens(seq.k.shape[-1], precision == "ieee")
+        parts = segment.parts(part(segment.size, most) or segment.size)
+        keep, eta, theta = seq.gates(parts)
         with torch.cuda.device_of(seq.q):  # Triton launches on the current device
-            return cls(seq, segment, keep, eta, coefficients(keep, eta, theta), precision)
+            of = coefficients(keep, eta, theta)
+            return cls(seq, parts, parts.chunks // segment.chunks, keep, eta, of, precision)
 
     def sizes(self, weights: list[Tensor]) -> tuple[int, ...]:
         rows, length, d = self.seq.k.shape
-        return length, self.segment.start, self.segment.chunks, rows, self.segment.size, d, weights[-1].shape[-2]
+        segment, hidden = self.segment, weights[-1].shape[-2]
+        return length, segment.start, segment.chunks, rows, self.per_chunk, segment.size, d, hidden
+
+    def anchors(self, weights: list[Tensor], make: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Of chunks of several parts, made as the weights are."""
+        return _layers([make(w) for w in weights] if self.per_chunk > 1 else [])
 
     def options(self, weights: list[Tensor], momentum: list[Tensor]) -> dict[str, Any]:
         d, h = weights[-1].shape[-1], weights[-1].shape[-2]
@@ -106,8 +115,9 @@ class Launch:
         with torch.cuda.device_of(seq.q):
             scan_forward[(seq.k.shape[0],)](
                 seq.q, seq.k, seq.v, y, self.coef.weight_rows, self.last_row(), *_pairs(weights, momentum),
-                *self.norm(), *self.documents(), *_pairs(states.weights, states.momentum), *self.sizes(weights),
-                **self.options(weights, momentum), READ=y is not None, KEEP=keep,
+                *self.norm(), *self.documents(), *_pairs(states.weights, states.momentum),
+                *self.anchors(weights, torch.empty_like), *self.sizes(weights), **self.options(weights, momentum),
+                READ=y is not None, KEEP=keep,
             )  # fmt: skip
         return states
 
@@ -136,10 +146,11 @@ class Launch:
                 seq.q, seq.k, seq.v, d_y, self.coef.weight_rows, self.last_row(),
                 *_pairs(states.weights, states.momentum), *self.norm(), starts, *_pairs(d_weights, d_momentum),
                 *_pairs(documents[:depth], documents[depth:]), found.q, found.k, found.v,
-                d_rows, d_last, *norm, *working, *sizes, **self.options(d_weights, d_momentum),
+                d_rows, d_last, *norm, *working, *self.anchors(d_weights, torch.zeros_like), *sizes,
+                **self.options(d_weights, d_momentum),
             )  # fmt: skip
             gates = coefficients_backward(self.coef, d_rows, d_last, self.keep, self.eta)
         found.fill_gates(self.segment, *gates)
-        for total, part in zip((found.gain, found.bias, *found.document), (*norm, *documents), strict=True):
-            if total is not None and part is not None:
-                total += part
+        for total, own in zip((found.gain, found.bias, *found.document), (*norm, *documents), strict=True):
+            if total is not None and own is not None:
+                total += own

@@ -28,15 +28,21 @@ struct State {
     Matrices<T> w, s;
 
     State() = default;
-    State(Arena<T>& arena, const Options<T>& o) {
+    State(Arena<T>& arena, const Options<T>& o, bool momentum) {
         for (int l = 0; l < o.depth(); l++) {
             w.push_back(o.weight(arena, l));
-            if (o.momentum) s.push_back(o.weight(arena, l));
+            if (momentum) s.push_back(o.weight(arena, l));
         }
     }
+    // What of `other` this has
     void take(const State& other) const {
         for (size_t l = 0; l < w.size(); l++) copy(other.w[l], w[l]);
         for (size_t l = 0; l < s.size(); l++) copy(other.s[l], s[l]);
+    }
+    // Adds this to `other`, and leaves zeros
+    void move_to(const State& other) const {
+        for (size_t l = 0; l < w.size(); l++) move(w[l], other.w[l]);
+        for (size_t l = 0; l < s.size(); l++) move(s[l], other.s[l]);
     }
 };
 
@@ -89,7 +95,7 @@ struct Read {
     }
 };
 
-// Forward of the keys and gradient of 1/2 |M(k) - v|^2 at the state's weights.
+// Forward of the keys and gradient of 1/2 |M(k) - v|^2 at the weights of `at`, those before the chunk.
 template <class T, class Activation>
 void inner_gradients(const Options<T>& o, const Norm<T>& norm, const Matrix<T>& k, const Matrix<T>& v,
                      const State<T>& at, Inner<T>& s) {

@@ -136,7 +136,7 @@ void norm_backward(const Options<T>& o, const Norm<T>& norm, const Inner<T>& s, 
     }
 }
 
-// Leaves the gradients of k and v in d_k and d_v.
+// Leaves the gradients of k and v in d_k and d_v; adds to adj, the adjoints of `at`.
 template <class T, class Activation>
 void inner_backward(const Options<T>& o, const Norm<T>& norm, const State<T>& at, const Inner<T>& s,
                     const State<T>& adj, Backward<T>& b, const Matrix<T>& d_k, const Matrix<T>& d_v, T* d_gain,
@@ -175,11 +175,13 @@ void inner_backward(const Options<T>& o, const Norm<T>& norm, const State<T>& at
     }
 }
 
-// adj: adjoints of the state after the chunk, which leave as those before it. Adds to d_gain and d_bias.
+// adj: adjoints of the state after the tokens, which leave as those before them; d_anchor: of `anchor`, at which the
+// inner gradients were taken, which is added to. Adds to d_gain and d_bias.
 template <class T, class Activation>
 void chunk_backward(const Options<T>& o, const Norm<T>& norm, const Coefficients<T>& c, const State<T>& at,
-                    const Inner<T>& s, const Read<T>& r, const State<T>& adj, const Matrix<T>& d_y, Backward<T>& b,
-                    const Matrix<T>& d_q, const Matrix<T>& d_k, const Matrix<T>& d_v, T* d_gain, T* d_bias) {
+                    const State<T>& anchor, const Inner<T>& s, const Read<T>& r, const State<T>& adj,
+                    const State<T>& d_anchor, const Matrix<T>& d_y, Backward<T>& b, const Matrix<T>& d_q,
+                    const Matrix<T>& d_k, const Matrix<T>& d_v, T* d_gain, T* d_bias) {
     const int d = o.sizes[0];
     b.rows.clear();
     update_backward(o, c, at, s, adj, b);
@@ -199,7 +201,7 @@ void chunk_backward(const Options<T>& o, const Norm<T>& norm, const Coefficients
     if (o.norm)
         for (int t = 0; t < d_y.rows; t++)
             for (int i = 0; i < d; i++) d_q.row(t)[i] += d_y.row(t)[i];
-    inner_backward<T, Activation>(o, norm, at, s, adj, b, d_k, d_v, d_gain, d_bias);
+    inner_backward<T, Activation>(o, norm, anchor, s, d_anchor, b, d_k, d_v, d_gain, d_bias);
 }
 
 }  // namespace titans

@@ -66,6 +66,16 @@ void copy(const Matrix<T>& from, const Matrix<T>& to) {
     for (int r = 0; r < rows; r++) std::copy(from.row(r), from.row(r) + cols, to.row(r));
 }
 
+// Adds one to another, and leaves zeros.
+template <class T>
+void move(const Matrix<T>& from, const Matrix<T>& to) {
+    const bool turned = from.flipped != to.flipped;
+    const int rows = from.flipped ? from.cols : from.rows, cols = from.flipped ? from.rows : from.cols;
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < cols; c++) (turned ? to.row(c)[r] : to.row(r)[c]) += from.row(r)[c];
+    std::fill(from.at, from.at + from.size(), T(0));
+}
+
 // Products and their FLOPs since this library was loaded: for a check that no clock disturbs.
 inline std::atomic<int64_t> products_made{0}, flops_made{0};
 

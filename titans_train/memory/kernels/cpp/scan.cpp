@@ -18,7 +18,8 @@ using at::Tensor;
 using Tensors = std::vector<Tensor>;
 using Maybe = std::optional<Tensor>;
 
-// Of one call: q, k, v [n, L, d]; gates [n, L]; starts [n, L] bool; a segment's first token, chunks and their size.
+// Of one call: q, k, v [n, L, d]; gates [n, L]; starts [n, L] bool; a segment's first token, its parts, their tokens, and
+// how many make a chunk: inner gradients are those at the weights before the chunk, and the state moves part by part.
 struct Call {
     Tensor q, k, v, keep;
     Maybe eta;
@@ -26,9 +27,11 @@ struct Call {
     Maybe starts;
     Tensors document;  // weights, then momentum [n, d_in, d_out]
     Maybe gain, bias;  // [n, 1, d]
-    int64_t start, chunks, size;
+    int64_t start, parts, tokens, per_chunk;
     bool gelu;
     double eps;
+
+    int64_t opening(int64_t part) const { return part - part % per_chunk; }  // the first of its chunk
 };
 
 // What follows reads memory by these sizes. `like`: whose numbers are of the same type.
@@ -66,8 +69,10 @@ void call_fits(const Call& call, const Tensors& state) {
         TORCH_CHECK(call.starts->scalar_type() == at::kBool, "starts are bool");
         state_fits(call, call.document, state, "the document state");
     }
-    TORCH_CHECK(call.start >= 0 && call.size > 0 && call.start + call.chunks * call.size <= length, "chunks of ",
-                call.size, " from ", call.start, " leave ", length, " tokens");
+    TORCH_CHECK(call.start >= 0 && call.tokens > 0 && call.start + call.parts * call.tokens <= length, "parts of ",
+                call.tokens, " tokens from ", call.start, " leave ", length, " tokens");
+    TORCH_CHECK(call.per_chunk > 0 && call.parts % call.per_chunk == 0, call.parts, " parts are no chunks of ",
+                call.per_chunk);
     for (const Tensor& x : state) TORCH_CHECK(x.dim() == 3, "a state has sizes ", x.sizes());
     state_fits(call, state, state, "the state");
 }
@@ -78,14 +83,14 @@ struct Row {
     const Options<T>& o;
     int64_t n;
 
-    int64_t first(int64_t chunk) const { return n * call.q.size(1) + call.start + chunk * call.size; }
-    Matrix<T> tokens(const Tensor& x, int64_t chunk) const {
-        return Matrix<T>(x.data_ptr<T>() + first(chunk) * o.sizes[0], call.size, o.sizes[0]);
+    int64_t first(int64_t part) const { return n * call.q.size(1) + call.start + part * call.tokens; }
+    Matrix<T> tokens(const Tensor& x, int64_t part) const {
+        return Matrix<T>(x.data_ptr<T>() + first(part) * o.sizes[0], call.tokens, o.sizes[0]);
     }
-    T* gates(const Maybe& x, int64_t chunk) const { return x ? x->template data_ptr<T>() + first(chunk) : nullptr; }
+    T* gates(const Maybe& x, int64_t part) const { return x ? x->template data_ptr<T>() + first(part) : nullptr; }
     T* vector(const Maybe& x) const { return x ? x->template data_ptr<T>() + n * o.sizes[0] : nullptr; }
     Norm<T> norm() const { return {vector(call.gain), vector(call.bias)}; }
-    bool starts(int64_t chunk) const { return call.starts && call.starts->template data_ptr<bool>()[first(chunk)]; }
+    bool starts(int64_t part) const { return call.starts && call.starts->template data_ptr<bool>()[first(part)]; }
 
     // This row of a state's tensors: weights, then momentum
     State<T> state(const Tensors& tensors) const {
@@ -139,31 +144,33 @@ void by_rows(const Call& call, const Options<T>& o, int64_t space, F f) {
 
 template <class T>
 struct ForwardSpace {
-    State<T> at;
+    State<T> at, anchor;
     Coefficients<T> c;
     Inner<T> inner;
     Read<T> read;
     Matrix<T> squares;
 
-    ForwardSpace(Arena<T>& arena, const Options<T>& o, int tokens)
-        : at(arena, o), c(arena, tokens), inner(arena, o, tokens), read(arena, o, tokens),
-          squares(arena.matrix(2, tokens)) {}
+    ForwardSpace(Arena<T>& arena, const Options<T>& o, const Call& call)
+        : at(arena, o, o.momentum), anchor(call.per_chunk == 1 ? at : State<T>(arena, o, false)), c(arena, call.tokens),
+          inner(arena, o, call.tokens), read(arena, o, call.tokens), squares(arena.matrix(2, call.tokens)) {}
 };
 
 template <class T, class Activation>
 void forward_rows(const Call& call, const Tensors& state, const Tensor& y, const Maybe& surprises) {
     const Options<T> o = options<T>(call, state);
     Arena<T> counted;
-    ForwardSpace<T>(counted, o, call.size);
+    ForwardSpace<T>(counted, o, call);
     by_rows<T>(call, o, counted.used, [&](const Row<T>& row, Arena<T> arena) {
-        ForwardSpace<T> space(arena, o, call.size);
-        const State<T>&at = space.at, given = row.state(state), document = row.state(call.document);
+        ForwardSpace<T> space(arena, o, call);
+        const State<T>&at = space.at, &anchor = space.anchor, given = row.state(state),
+                      document = row.state(call.document);
         const Norm<T> norm = row.norm();
         at.take(given);
-        for (int64_t j = 0; j < call.chunks; j++) {
+        for (int64_t j = 0; j < call.parts; j++) {
             if (row.starts(j)) at.take(document);
+            if (call.per_chunk > 1 && j == call.opening(j)) anchor.take(at);
             row.fill(space.c, j);
-            inner_gradients<T, Activation>(o, norm, row.tokens(call.k, j), row.tokens(call.v, j), at, space.inner);
+            inner_gradients<T, Activation>(o, norm, row.tokens(call.k, j), row.tokens(call.v, j), anchor, space.inner);
             if (surprises) surprise(o, space.inner, space.squares.at, row.gates(surprises, j));
             chunk_read<T, Activation>(
                 o, norm, space.c, row.tokens(call.q, j), at, space.inner, space.read, row.tokens(y, j));
@@ -175,20 +182,21 @@ void forward_rows(const Call& call, const Tensors& state, const Tensor& y, const
 
 template <class T>
 struct BackwardSpace {
-    State<T> adj;
-    std::vector<State<T>> states;  // before each chunk
+    State<T> adj, d_anchor;
+    std::vector<State<T>> states;  // before each part
     std::vector<Inner<T>> inner;
     Coefficients<T> c;
     Read<T> read;
     Matrix<T> y;
     Backward<T> backward;
 
-    BackwardSpace(Arena<T>& arena, const Options<T>& o, int tokens, int chunks)
-        : adj(arena, o), c(arena, tokens), read(arena, o, tokens), y(arena.matrix(tokens, o.sizes[0])),
-          backward(arena, o, tokens) {
-        for (int j = 0; j < chunks; j++) {
-            states.emplace_back(arena, o);
-            inner.emplace_back(arena, o, tokens);
+    BackwardSpace(Arena<T>& arena, const Options<T>& o, const Call& call)
+        : adj(arena, o, o.momentum), d_anchor(call.per_chunk == 1 ? adj : State<T>(arena, o, false)),
+          c(arena, call.tokens), read(arena, o, call.tokens), y(arena.matrix(call.tokens, o.sizes[0])),
+          backward(arena, o, call.tokens) {
+        for (int j = 0; j < call.parts; j++) {
+            states.emplace_back(arena, o, o.momentum);
+            inner.emplace_back(arena, o, call.tokens);
         }
     }
 };
@@ -204,51 +212,43 @@ struct Gradients {
     Tensors d_document;
 };
 
-template <class T>
-void to_document(const State<T>& adj, const State<T>& document) {
-    auto move = [](const Matrix<T>& from, const Matrix<T>& to) {
-        const int rows = from.flipped ? from.cols : from.rows, cols = from.flipped ? from.rows : from.cols;
-        for (int r = 0; r < rows; r++)
-            for (int c = 0; c < cols; c++) (from.flipped ? to.row(c)[r] : to.row(r)[c]) += from.row(r)[c];
-        std::fill(from.at, from.at + from.size(), T(0));
-    };
-    for (size_t l = 0; l < adj.w.size(); l++) move(adj.w[l], document.w[l]);
-    for (size_t l = 0; l < adj.s.size(); l++) move(adj.s[l], document.s[l]);
-}
-
 template <class T, class Activation>
 void backward_rows(const Call& call, const Tensors& stored, const Tensor& d_y, const Gradients& g) {
     const Options<T> o = options<T>(call, stored);
     Arena<T> counted;
-    BackwardSpace<T>(counted, o, call.size, call.chunks);
+    BackwardSpace<T>(counted, o, call);
     by_rows<T>(call, o, counted.used, [&](const Row<T>& row, Arena<T> arena) {
-        BackwardSpace<T> space(arena, o, call.size, call.chunks);
+        BackwardSpace<T> space(arena, o, call);
         const State<T> document = row.state(call.document), d_document = row.state(g.d_document);
-        const State<T>&adj = space.adj, given = row.state(g.adj);
+        const State<T>&adj = space.adj, &d_anchor = space.d_anchor, given = row.state(g.adj);
         const Norm<T> norm = row.norm();
         adj.take(given);
-        for (int64_t j = 0; j < call.chunks; j++) {
+        if (call.per_chunk > 1)
+            for (const auto& w : d_anchor.w) std::fill(w.at, w.at + w.size(), T(0));
+        for (int64_t j = 0; j < call.parts; j++) {
             const State<T>& at = space.states[j];
             if (row.starts(j)) at.take(document);
             else if (j == 0) at.take(row.state(stored));
-            inner_gradients<T, Activation>(o, norm, row.tokens(call.k, j), row.tokens(call.v, j), at, space.inner[j]);
-            if (j + 1 == call.chunks) break;
+            inner_gradients<T, Activation>(o, norm, row.tokens(call.k, j), row.tokens(call.v, j),
+                                           space.states[call.opening(j)], space.inner[j]);
+            if (j + 1 == call.parts) break;
             row.fill(space.c, j);
             chunk_update(o, space.c, space.inner[j], at, space.states[j + 1], space.read.scaled);
         }
-        for (int64_t j = call.chunks - 1; j >= 0; j--) {
-            const State<T>& at = space.states[j];
+        for (int64_t j = call.parts - 1; j >= 0; j--) {
+            const State<T>&at = space.states[j], &anchor = space.states[call.opening(j)];
             row.fill(space.c, j);
             chunk_read<T, Activation>(
                 o, norm, space.c, row.tokens(call.q, j), at, space.inner[j], space.read, space.y, true);
             chunk_backward<T, Activation>(
-                o, norm, space.c, at, space.inner[j], space.read, adj, row.tokens(d_y, j), space.backward,
-                row.tokens(g.d_q, j), row.tokens(g.d_k, j), row.tokens(g.d_v, j), row.vector(g.d_gain),
-                row.vector(g.d_bias));
+                o, norm, space.c, at, anchor, space.inner[j], space.read, adj, d_anchor, row.tokens(d_y, j),
+                space.backward, row.tokens(g.d_q, j), row.tokens(g.d_k, j), row.tokens(g.d_v, j),
+                row.vector(g.d_gain), row.vector(g.d_bias));
             space.backward.rows.pull(
                 space.c, row.gates(call.keep, j), row.gates(call.eta, j), row.gates(g.d_keep, j),
                 row.gates(g.d_eta, j), row.gates(g.d_theta, j));
-            if (row.starts(j)) to_document(adj, d_document);
+            if (call.per_chunk > 1 && j == call.opening(j)) d_anchor.move_to(adj);
+            if (row.starts(j)) adj.move_to(d_document);
         }
         given.take(adj);
     });
@@ -265,9 +265,9 @@ void chosen(const Call& call, F f) {
 }
 
 void forward(Tensor q, Tensor k, Tensor v, Tensor keep, Maybe eta, Tensor theta, Maybe starts, Tensors document,
-             Maybe gain, Maybe bias, int64_t start, int64_t chunks, int64_t size, bool gelu, double eps, Tensors state,
+             Maybe gain, Maybe bias, int64_t start, int64_t parts, int64_t tokens, int64_t per_chunk, bool gelu, double eps, Tensors state,
              Tensor y, Maybe surprises) {
-    const Call call{q, k, v, keep, eta, theta, starts, document, gain, bias, start, chunks, size, gelu, eps};
+    const Call call{q, k, v, keep, eta, theta, starts, document, gain, bias, start, parts, tokens, per_chunk, gelu, eps};
     call_fits(call, state);
     fits(y, q.sizes(), q, "y");
     fits(surprises, keep.sizes(), q, "surprises");
@@ -277,10 +277,10 @@ void forward(Tensor q, Tensor k, Tensor v, Tensor keep, Maybe eta, Tensor theta,
 }
 
 void backward(Tensor q, Tensor k, Tensor v, Tensor keep, Maybe eta, Tensor theta, Maybe starts, Tensors document,
-              Maybe gain, Maybe bias, int64_t start, int64_t chunks, int64_t size, bool gelu, double eps,
+              Maybe gain, Maybe bias, int64_t start, int64_t parts, int64_t tokens, int64_t per_chunk, bool gelu, double eps,
               Tensors stored, Tensor d_y, Tensors adj, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_keep, Maybe d_eta,
               Tensor d_theta, Maybe d_gain, Maybe d_bias, Tensors d_document) {
-    const Call call{q, k, v, keep, eta, theta, starts, document, gain, bias, start, chunks, size, gelu, eps};
+    const Call call{q, k, v, keep, eta, theta, starts, document, gain, bias, start, parts, tokens, per_chunk, gelu, eps};
     const Gradients g{adj, d_q, d_k, d_v, d_keep, d_eta, d_theta, d_gain, d_bias, d_document};
     call_fits(call, stored);
     state_fits(call, adj, stored, "the adjoint");
@@ -302,7 +302,7 @@ std::vector<int64_t> work() { return {products_made.load(), flops_made.load()}; 
 TORCH_LIBRARY(titans_train, m) {
     const std::string call =
         "(Tensor q, Tensor k, Tensor v, Tensor keep, Tensor? eta, Tensor theta, Tensor? starts, Tensor[] document, "
-        "Tensor? gain, Tensor? bias, int start, int chunks, int size, bool gelu, float eps, ";
+        "Tensor? gain, Tensor? bias, int start, int parts, int tokens, int per_chunk, bool gelu, float eps, ";
     m.def(("scan_forward" + call + "Tensor(a!)[] state, Tensor(b!) y, Tensor(c!)? surprises) -> ()").c_str());
     m.def(("scan_backward" + call +
            "Tensor[] stored, Tensor d_y, Tensor(a!)[] adj, Tensor(b!) d_q, Tensor(c!) d_k, Tensor(d!) d_v, "
