@@ -109,6 +109,11 @@ def test_two_layers_cost_what_the_design_says() -> None:
     assert plan_counts.scan_forward_flops(shape, 64) == shape.heads * (22 * d * h + 4 * b * (d + h))
 
 
+def test_a_large_chunk_costs_what_its_parts_do() -> None:
+    of = [plan_counts.scan_forward_flops(tiny("lmm", memory={"chunk_size": c}), 1024) for c in (64, 256, 96, 48)]
+    assert of[0] == of[1] and of[2] == of[3]
+
+
 def matmul_flops(shape: ModelShape, length: int) -> float:
     """The plan's forward FLOPs without attention scores and elementwise weights."""
     parts = plan_counts.flops_per_token(shape, length)

@@ -83,6 +83,20 @@ def test_activations_and_states_are_within_7_percent_of_what_autograd_keeps(bloc
     assert planned == pytest.approx(measured, rel=0.07)
 
 
+@pytest.mark.parametrize("item,parts", [(2, 4), (4, 8)])
+def test_triton_s_kernels_recompute_the_states_before_all_parts_of_chunks(item: int, parts: int) -> None:
+    """Parts of 64 tokens for heads of 64, of 32 in float32."""
+    memory = {"chunk_size": 256, "hidden": 1024, "store_every": 4}
+
+    def working(kernels: str) -> int:
+        shape = tiny("lmm", memory={**memory, "kernels": kernels})
+        shape = replace(shape, width=128, heads=2, head_dim=64, feed_forward=0)
+        return plan_memory.working_bytes(shape, at(item=item, length=4096))
+
+    state = 4 * 2 * (2 * 2 * 64 * 1024)
+    assert working("triton") - working("plain") == 4 * (parts - 1) * state
+
+
 def test_activation_checkpointing_saves_memory() -> None:
     shape = replace(tiny("mag"), layers=8)
     less = plan_memory.activation_bytes(shape, at(length=64, checkpointing=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from titans_train.shape import MemoryShape, ModelShape, part
+from titans_train.shape import MemoryShape, ModelShape, part_tokens
 
 # -- parameters -------------------------------------------------------------------------------------------------
 
@@ -108,16 +108,16 @@ def scan_forward_flops(shape: ModelShape, length: int) -> float:
 
     A layer i x o of the memory costs per token and head 2 i o for each of: keys forward, weights read, momentum read,
     weights updated, momentum updated, and the base read that forgetting leads to; 2 i o for the inner backward (not in
-    the first layer); and 2 b (i + o) for the products within the chunk, b being of its parts where kernels could walk
-    over it in parts. Two layers d x h x d that forget to zero: 22 d h + 4 b (d + h). Gates, norms and activations are
-    not counted.
+    the first layer); and 2 b (i + o) for the products within a chunk, by parts of at most 64 tokens, however the scan
+    runs (shape.part_tokens), and with what is above their diagonals. Two layers d x h x d that forget to zero: 22 d h +
+    4 b (d + h). Gates, norms and activations are not counted.
     """
     if shape.memory is None:
         return 0.0
     chunk = min(shape.memory.chunk_size, length)
     if shape.memory.rule != "titans":
         return peer_forward_flops(shape, chunk)
-    tokens = part(chunk) or chunk
+    tokens = part_tokens(chunk)
     products = (5 if shape.memory.momentum else 3) + (shape.memory.forget_to == "start")
     flops = 0
     for n, (i, o) in enumerate(memory_layers(shape)):

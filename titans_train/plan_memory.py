@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from titans_train import plan_counts as counts
 from titans_train import plan_messages as messages
 from titans_train.placement import FLOAT32, Placement
-from titans_train.shape import MemoryShape, ModelShape, part, triton_tokens
+from titans_train.shape import MemoryShape, ModelShape, part_tokens, triton_tokens
 
 ZERO_STAGES = (0, 1, 2, 3)
 PEER_KEPT = {  # counted from the tensors that memory/peers saves, chunks of 16 to 64 tokens, heads of 32 and 64
@@ -161,13 +161,15 @@ def working_bytes(shape: ModelShape, at: Placement) -> int:
 
 
 def _parts(shape: ModelShape, at: Placement) -> int:
-    """Of a chunk, before each of which Triton's kernels keep the state."""
+    """Of a chunk, before each of which Triton's kernels keep the state. (The compiled scan, for CPUs, too, but only of
+    the rows that its threads are at.)
+    """
     memory = shape.memory
     assert memory is not None
     if memory.kernels != "triton":
         return 1
-    tokens = part(memory.chunk_size, triton_tokens(shape.head_dim, exact=at.item == FLOAT32))
-    return memory.chunk_size // (tokens or memory.chunk_size)
+    most = triton_tokens(shape.head_dim, exact=at.item == FLOAT32)
+    return memory.chunk_size // part_tokens(memory.chunk_size, most)
 
 
 def _scans(shape: ModelShape, length: int) -> tuple[int, int]:

@@ -81,13 +81,13 @@ def tile(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def part(chunk: int, most: int = MOST_TOKENS) -> int | None:
-    """Tokens of the equal parts in which kernels walk over a chunk, the largest of LEAST_TOKENS to `most`; a chunk of
-    no more stays whole. None: it has no such parts.
+def part_tokens(chunk: int, most: int = MOST_TOKENS, least: int = LEAST_TOKENS) -> int:
+    """Of the equal parts in which kernels walk over a chunk: the largest from `least` to `most`; all of a chunk of no
+    more, or that has no such parts.
     """
     if chunk <= most:
         return chunk
-    return next((size for size in range(most, LEAST_TOKENS - 1, -1) if chunk % size == 0), None)
+    return next((size for size in range(most, least - 1, -1) if chunk % size == 0), chunk)
 
 
 def triton_tokens(width: int, exact: bool) -> int:
@@ -101,9 +101,10 @@ def beyond_kernels(depth: int, chunk: int, width: int, exact: bool) -> list[str]
     """What Triton's kernels (memory/kernels) take, where that is not what is asked for; arguments as above."""
     limits = [("a depth", depth, 2), ("heads", width, 256)]
     found = [f"{what} of at most {most}; here it is {given}" for what, given, most in limits if given > most]
-    most = max(LEAST_TOKENS, triton_tokens(width, exact))
-    if part(chunk, most) is None:
-        found.append(f"chunks of up to {most} tokens or a multiple of {LEAST_TOKENS} to {most}; here it is {chunk}")
+    most = triton_tokens(min(width, 256), exact)
+    if part_tokens(chunk, most) > most:
+        divisor = f"a divisor from {LEAST_TOKENS} to {most}" if most > LEAST_TOKENS else f"{most} as a divisor"
+        found.append(f"chunks of at most {most} tokens, or with {divisor}; here it is {chunk}")
     return found
 
 

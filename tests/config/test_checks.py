@@ -260,7 +260,7 @@ CASES = [
     (
         ["memory.kernels=triton", "memory.chunk_size=122", "training.sequence_length=122", "run.dtype=float32"],
         "memory.kernels",
-        "chunks of up to 32 tokens or a multiple of 16 to 32; here it is 122",
+        "chunks of at most 32 tokens, or with a divisor from 16 to 32; here it is 122",
         "use auto",
         ["memory.chunk_size=61", "memory.kernels=plain"],
     ),

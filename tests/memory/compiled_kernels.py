@@ -32,7 +32,7 @@ from titans_train.memory.kernels import Chosen, coefficients, segment
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "64 x 64": ("tf32", {"chunk": 64, "d": 64, "documents": True}),
     "48 x 64": ("tf32", {"chunk": 48, "d": 64}),
-    "64 of 256 x 64": ("tf32", {"chunk": 256, "d": 64}),
+    "64 of 256 x 64": ("tf32", {"chunk": 256, "d": 64, "documents": True}),
     "32 of 256 x 128, depth 1": ("tf32", {"chunk": 256, "d": 128, "depth": 1}),
     "exact, 32 of 64 x 64": ("ieee", {"chunk": 64, "d": 64}),
     "16 of 64 x 256": ("tf32", {"chunk": 64, "d": 256}),

@@ -16,6 +16,7 @@ from tests.memory.kernel_cases import counted_launches, errors, results  # noqa:
 from tests.memory.test_scan import Case  # noqa: E402
 
 CASES = {"depth 2": Case(length=70, chunk=16, d=16, hidden=32, norm=True, documents=True),
+         "parts": Case(length=77, chunk=36, d=16, hidden=32, norm=True),
          "one chunk": Case(length=16, chunk=16, d=16, hidden=40, norm=True),
          "depth 1": Case(length=70, chunk=16, d=16, depth=1, norm=False, momentum=False)}  # fmt: skip
 

@@ -59,6 +59,27 @@ def test_its_error_is_at_most_twice_that_of_plain_pytorch(
         assert error <= max(2 * far["plain"][name], FLOOR), (name, error, far["plain"][name])
 
 
+def test_nor_does_it_lose_digits_over_many_chunks() -> None:
+    """Of several parts; gain and bias are sums over all tokens."""
+    case = Case(batch=1, heads=1, length=8192, chunk=128, d=16, hidden=40, norm=True)
+    tame(case.build())
+    exact = results(case, torch.float64, "plain")
+    plain, ours = (errors(results(case, torch.float32, how), exact) for how in ("plain", "compiled"))
+    for name in ("output 0", "gain", "bias", "q", "k", "v", "alpha", "eta", "theta", "w0", "w1"):
+        assert ours[name] <= max(2 * plain[name], FLOOR), (name, ours[name], plain[name])
+
+
+def test_surprises_are_those_of_plain_pytorch() -> None:
+    case = Case(batch=2, heads=3, length=3 * 128, chunk=128, norm=True)
+    tame(case.build())
+    found: dict[str, list[Tensor]] = {"plain": [], "compiled": []}
+    for how, surprises in found.items():
+        case.run(partial(memory_scan, kernels=how, surprises=surprises))
+    for plain, ours in zip(*found.values(), strict=True):
+        assert plain.shape == (6, 128)
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("depth,hidden,norm", [(1, 6, True), (2, 10, True), (2, 4, False), (3, 9, False)])
 @pytest.mark.parametrize("chunk", [31, 32, 33, 64, 72])
 def test_chunks_of_several_blocks(chunk: int, depth: int, hidden: int, norm: bool, launches: list[str]) -> None:

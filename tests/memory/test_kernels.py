@@ -21,7 +21,7 @@ from tests.memory.test_scan import Case
 from titans_train.errors import UserError
 from titans_train.memory import memory_scan
 from titans_train.memory.kernels import check, choose
-from titans_train.shape import beyond_kernels, part, tile, triton_tokens
+from titans_train.shape import beyond_kernels, part_tokens, tile, triton_tokens
 
 FLOOR = 1e-6  # eight roundings of a float32: sums in another order
 CHIP = 227 << 10  # bytes of shared memory that a program may have on an H100
@@ -148,7 +148,7 @@ def test_a_chunk_is_walked_over_in_parts_whose_tiles_fit(chunk: int, width: int,
     beyond = beyond_kernels(2, chunk, width, exact)
     assert len(beyond) == (tokens is None) and all(f"here it is {width if width > 256 else chunk}" in b for b in beyond)
     if tokens is not None:
-        assert part(chunk, triton_tokens(width, exact)) == tokens and tile(tokens) * tile(width) <= 4096
+        assert part_tokens(chunk, triton_tokens(width, exact)) == tokens and tile(tokens) * tile(width) <= 4096
 
 
 @pytest.mark.gpu

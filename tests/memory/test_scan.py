@@ -135,13 +135,19 @@ def test_scan_equals_the_recurrence_at_every_depth(depth: int, norm: bool, activ
     assert_same(case, case.run(memory_scan, store_every=2), case.run(recurrence))
 
 
-@pytest.mark.parametrize("depth,norm,documents", [(2, True, True), (1, False, False), (2, False, True)])
-def test_chunks_of_several_parts(depth: int, norm: bool, documents: bool) -> None:
+@pytest.mark.parametrize(
+    "depth,norm,momentum,documents,cuts",
+    [(2, True, True, True, ()), (1, False, True, False, ()), (2, False, False, True, (96 + 5,))],
+)
+def test_chunks_of_several_parts(
+    depth: int, norm: bool, momentum: bool, documents: bool, cuts: tuple[int, ...]
+) -> None:
     """Kernels walk over a chunk of so many tokens in parts, all of whose keys meet the weights before the chunk."""
-    case = Case(depth=depth, norm=norm, documents=documents, length=4 * 66 + 5, chunk=66).build()
+    length, chunk = 4 * 96 + 5, 96
+    case = Case(depth=depth, norm=norm, momentum=momentum, documents=documents, length=length, chunk=chunk).build()
     with torch.no_grad():
-        case.leaves["theta"].mul_(8 / 66)  # as much to a chunk as others have
-    assert_same(case, case.run(memory_scan, store_every=2), case.run(recurrence))
+        case.leaves["theta"].mul_(8 / chunk)  # as much to a chunk as others have
+    assert_same(case, case.run(memory_scan, cuts, store_every=2), case.run(recurrence, cuts))
 
 
 @pytest.mark.parametrize("length,chunk", [(1, 1), (5, 8), (8, 8), (16, 8), (23, 8), (7, 1), (33, 16)])

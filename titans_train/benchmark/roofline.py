@@ -23,7 +23,7 @@ from titans_train.benchmark.counts import compiled_work, count, operator
 from titans_train.benchmark.device import check, matmul_rate, seconds
 from titans_train.memory.kernels import compiled
 from titans_train.outputs import check_file
-from titans_train.shape import beyond_kernels, part, triton_tokens
+from titans_train.shape import beyond_kernels, part_tokens, triton_tokens
 
 SIZES = {"340M": (16, 64), "760M": (16, 96), "1.3B": (8, 256)}  # heads, width of a head
 EXPANSIONS, CHUNKS, LENGTHS = (2, 4), (16, 64, 256, 1024), (4096, 16384, 65536)
@@ -86,12 +86,12 @@ def counted(how: str, d: int, hidden: int, chunk: int, item: int, cached: bool) 
 def of_triton(d: int, hidden: int, chunk: int, item: int) -> Work:
     """Depth 2 with momentum, forgetting and norm.
 
-    A chunk of T tokens or more is walked over in parts of T. Products: 24 d h forward, 16 to recompute the states, 58
+    A chunk of more than T tokens is walked over in parts of T. Products: 24 d h forward, 16 to recompute the states, 58
     backward, and of T x T matrices. Memory: the states kept once per segment and those of its parts, written and read.
     Cache: the passes over the state (10, 14 and 24 of its d h; 5 more over the anchor, where it is not the state), the
     tiles' numbers (15 of T h).
     """
-    tokens = part(chunk, triton_tokens(d, exact=False)) or chunk
+    tokens = part_tokens(chunk, triton_tokens(d, exact=item == 4))
     between = segment(chunk) * chunk
     products = 98 * d * hidden + tokens * (16 * hidden + 16 * d)
     memory = token_bytes(d, tokens, item) + state_bytes(d, hidden) * (2 / between + 2 / tokens)
@@ -103,7 +103,7 @@ def of_compiled(d: int, hidden: int, chunk: int) -> Work:
     """The same in float32, a row at a time: products as they are counted. Memory: the states that are kept, and the
     adjoints, once per segment. Cache: each product's matrix of d h (59 with what is written back), 40 of T h.
     """
-    chunks, tokens = segment(chunk), part(chunk) or chunk
+    chunks, tokens = segment(chunk), part_tokens(chunk)
     _, flops = compiled_work(operator("compiled", 1, d, hidden, chunk, chunk * chunks, chunks))
     memory = token_bytes(d, tokens, 4) + state_bytes(d, hidden) * 6 / (chunks * chunk)
     return Work(flops / (chunks * chunk), memory, 4 * (59 * d * hidden / tokens + 40 * hidden), 2 / (chunks * chunk))
@@ -141,7 +141,7 @@ def rows_of(options: argparse.Namespace, at: Ceilings) -> list[dict[str, Any]]:
                 kinds = {how: counted(how, d, hidden, chunk, options.item, cached) for how in ("recurrence", "dual")}
                 if options.device == "cpu" and compiled.why_not() is None:
                     kinds["compiled"] = of_compiled(d, hidden, chunk)
-                if not beyond_kernels(2, chunk, d, exact=False):
+                if not beyond_kernels(2, chunk, d, exact=options.item == 4):
                     kinds["triton"] = of_triton(d, hidden, chunk, options.item)
                 for how, work in kinds.items():
                     floors = work.floors(heads, options.rows, at)

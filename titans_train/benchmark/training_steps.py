@@ -16,6 +16,7 @@ import torch
 from titans_train.benchmark import device
 from titans_train.config import RunConfig, load_config
 from titans_train.data import Batch
+from titans_train.host import keep_freed_memory
 from titans_train.parallel import Engine, process_group
 from titans_train.plan import Plan, make_plan
 from titans_train.training.loop import build_engine
@@ -66,6 +67,7 @@ def training_steps(plan: Plan) -> Iterator[TrainingSteps]:
     """Every step has the same batch."""
     with process_group() as mesh:
         engine = build_engine(plan, mesh)
+        keep_freed_memory()  # as training does
         yield TrainingSteps(plan, engine, [_batch(plan, n) for n in range(plan.accumulation)])
 
 

@@ -29,9 +29,10 @@ class Segment:
     def stop(self) -> int:
         return self.start + self.chunks * self.size
 
-    def parts(self, tokens: int) -> Segment:
-        """Its tokens, `tokens` at a time, of which there are a whole number in a chunk."""
-        return Segment(self.start, self.chunks * self.size // tokens, tokens, self.whole)
+    def in_parts(self, tokens: int) -> tuple[Segment, int]:
+        """Its chunks' parts of `tokens` each, and how many make a chunk."""
+        per_chunk = self.size // tokens
+        return Segment(self.start, self.chunks * per_chunk, tokens, self.whole), per_chunk
 
     def spans(self) -> list[slice]:
         return [slice(self.start + j * self.size, self.start + (j + 1) * self.size) for j in range(self.chunks)]

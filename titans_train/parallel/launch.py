@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titans_train.errors import UserError
-from titans_train.host import flush_denormals, keep_freed_memory
+from titans_train.host import flush_denormals
 from titans_train.monitoring.signals import Requeue
 from titans_train.parallel.groups import data_group, leave_groups, make_groups
 from titans_train.parallel.mesh import Mesh
@@ -44,8 +44,6 @@ def process_group(
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    else:
-        keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group(backend, timeout=world_timeout)
     else:

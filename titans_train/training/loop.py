@@ -16,6 +16,7 @@ from torch import Tensor
 
 from titans_train.data import Batch, SyntheticDataset, TokenDataset, loader, open_dataset
 from titans_train.errors import UserError
+from titans_train.host import keep_freed_memory
 from titans_train.models import LanguageModel, recording
 from titans_train.monitoring import signals
 from titans_train.monitoring.metrics import read_metrics
@@ -112,6 +113,7 @@ def train_on(mesh: Mesh, plan: Plan, stop_after: int | None = None) -> dict[str,
         watchdog.heartbeat = Heartbeat(plan.run_directory / "heartbeat.json") if mesh.is_first else None
         run = Run(plan, mesh, engine, data.at(progress.cursor), held_out, progress, watchdog, blocked, carried)
         held.callback(run.reports.close)
+        keep_freed_memory()
         return run.go(stop_after)
 
 

@@ -1,10 +1,11 @@
 """Backward of the chunks of a segment (../chunk_backward.py): one program per row, from the last chunk to the first.
 
 States before each chunk are given (forward.scan_forward, KEEP); what a chunk's forward knew is made again. The adjoints
-of the state move in place. Tiles of the hidden width pass five times (passes.py): keys at the anchor; the read; its
-backward and that of the update in the last layer, and in the first; and, once the adjoint of the error is known, the
-keys. What a pass leaves to a later one lies in memory (z, back, read, neg_x, neg_back, neg_z [rows, T, H]; deltas,
-x_hats [rows, T, D]), and what is given is loaded again: registers hold some eight tiles [T, D], no more.
+of the state move in place; those of an anchor that is not the state join them where its chunk begins. Tiles of the
+hidden width pass five times (passes.py): keys at the anchor; the read; its backward and that of the update in the last
+layer, and in the first; and, once the adjoint of the error is known, the keys. What a pass leaves to a later one lies
+in memory (z, back, read, neg_x, neg_back, neg_z [rows, T, H]; deltas, x_hats [rows, T, D]), and what is given is loaded
+again: registers hold some eight tiles [T, D], no more.
 
 "neg" are negated adjoints, since both factors of a write enter with a minus. Shapes as in forward.py; states_*
 [rows, chunks, ...].
@@ -156,13 +157,12 @@ def scan_backward(
         )  # fmt: skip
         if PARTS > 1:  # noqa: SIM102 (known when compiled)
             if chunk % PARTS == 0:
-                tl.debug_barrier()
                 move(d_w2 + row * size, d_anchor_w2, size, 1024)
                 if DEEP:
                     move(d_w1 + row * size, d_anchor_w1, size, 1024)
                 tl.debug_barrier()
         if DOCUMENTS:  # noqa: SIM102 (known when compiled)
-            if tl.load(starts + row * length + first + chunk * T) != 0:
+            if (tl.load(starts + row * length + first + chunk * T) != 0) & (chunk % PARTS == 0):
                 move(d_document_w2 + row * size, d_w2 + row * size, size, 1024)
                 if MOMENTUM:
                     move(d_document_s2 + row * size, d_s2 + row * size, size, 1024)

@@ -27,7 +27,7 @@ from torch import Tensor
 from titans_train.memory.activation import Gelu
 from titans_train.memory.recurrence import NORM_EPS
 from titans_train.memory.walk import Segment, Sequence, SequenceGradients
-from titans_train.shape import part
+from titans_train.shape import part_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +39,7 @@ CAPABILITIES = {
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
 }
+LEAST_TOKENS = 48  # of a part of a chunk: smaller ones cost more than their T x T matrices save
 PATIENCE = 600  # seconds for another process that builds the same
 OPERATORS = ("titans_train::scan_forward", "titans_train::scan_backward")
 
@@ -155,12 +156,12 @@ class Launch:
 
     def _call(self) -> list[Any]:
         seq, segment = self.seq, self.segment
-        parts = segment.parts(part(segment.size) or segment.size)
+        parts, per_chunk = segment.in_parts(part_tokens(segment.size, least=LEAST_TOKENS))
         gain, bias = (None, None) if seq.norm is None else (seq.norm.gain.contiguous(), seq.norm.bias.contiguous())
         return [
             seq.q, seq.k, seq.v, seq.keep, seq.eta, seq.theta, seq.starts,
             [x.contiguous() for x in (*seq.document_weights, *seq.document_momentum)], gain, bias,
-            parts.start, parts.chunks, parts.size, parts.chunks // segment.chunks, isinstance(seq.act, Gelu), NORM_EPS,
+            parts.start, parts.chunks, parts.size, per_chunk, isinstance(seq.act, Gelu), NORM_EPS,
         ]  # fmt: skip
 
     def forward(

@@ -141,7 +141,7 @@ def scan_forward(
         anchor_w1, anchor_w2 = w1, w2
     for chunk in tl.range(chunks, disable_licm=True):
         if DOCUMENTS:  # noqa: SIM102 (known when compiled)
-            if tl.load(starts + row * length + first + chunk * T) != 0:
+            if (tl.load(starts + row * length + first + chunk * T) != 0) & (chunk % PARTS == 0):
                 copy(w2, document_w2 + row * size, size, 1024)
                 if MOMENTUM:
                     copy(s2, document_s2 + row * size, size, 1024)

@@ -2,8 +2,9 @@
 
 Pointers are to the chunk's own: tokens (`q`, `d_q`, ...), the state before it (`states_*`), the weights at which its
 inner gradients were taken (`anchor_*`; those before it, but for later parts of a chunk), its rows of coefficients
-(`coefs`, `stride` numbers apart) and last momentum row (`last`); and to the row's own: the state's adjoints (`d_w*`,
-`d_s*`), gain and bias, and the numbers that go from one pass to another ([T, H] or, `deltas`, [T, D]).
+(`coefs`, `stride` numbers apart) and last momentum row (`last`); and to the row's own: adjoints of the state (`d_w*`,
+`d_s*`) and of the anchor (`d_anchor_*`), gain and bias, and the numbers that go from one pass to another ([T, H] or,
+`deltas`, [T, D]).
 """
 
 from __future__ import annotations
@@ -250,13 +251,13 @@ def first_layer(
 
 @triton.jit
 def keys_backward(
-    k, anchor_w1, anchor_w2, d_w1, d_w2, d_k, z, neg_x, neg_back, neg_z, deltas, neg_out, neg_keys,
+    k, anchor_w1, anchor_w2, d_anchor_w1, d_anchor_w2, d_k, z, neg_x, neg_back, neg_z, deltas, neg_out, neg_keys,
     T: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, DEEP: tl.constexpr, GELU: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Backward of the keys at the anchor, whose adjoints d_w* are added to. Gives the keys'."""
-    dtype: tl.constexpr = d_w2.dtype.element_ty
+    """Backward of the keys at the anchor, whose adjoints are added to. Gives the keys'."""
+    dtype: tl.constexpr = d_anchor_w2.dtype.element_ty
     t, i, j = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_H)
     columns, real = (i < D)[None, :], (t < T)[:, None]
     inside, token = real & columns, t[:, None] * D
@@ -269,21 +270,21 @@ def keys_backward(
         within, beside = real & (hidden < H)[None, :], t[:, None] * H + hidden[None, :]
         w2 = tl.load(anchor_w2 + tile, mask=some, other=0.0)
         neg_x_tile = tl.load(neg_x + beside, mask=within, other=0.0) + dot(neg_out, tl.trans(w2), PRECISION)
-        vw2 = tl.load(d_w2 + tile, mask=some, other=0.0)
+        vw2 = tl.load(d_anchor_w2 + tile, mask=some, other=0.0)
         if DEEP:
             few = (i < D)[:, None] & (hidden < H)[None, :]
             across = i[:, None] * H + hidden[None, :]
             pre = tl.load(z + beside, mask=within, other=0.0)
             x = value(pre, GELU)
             neg_pre = tl.load(neg_z + beside, mask=within, other=0.0) + neg_x_tile * slope(pre, GELU)
-            vw1 = tl.load(d_w1 + across, mask=few, other=0.0)
+            vw1 = tl.load(d_anchor_w1 + across, mask=few, other=0.0)
             vw1 -= dot(tl.trans(keys), neg_pre, PRECISION)
-            tl.store(d_w1 + across, vw1, mask=few)
+            tl.store(d_anchor_w1 + across, vw1, mask=few)
             w1 = tl.load(anchor_w1 + across, mask=few, other=0.0)
             neg_keys += dot(neg_pre, tl.trans(w1), PRECISION)
             vw2 -= dot(tl.trans(tl.load(neg_back + beside, mask=within, other=0.0)), delta, PRECISION)
         else:
             x = load_rows(k, token + hidden[None, :], real & (hidden < D)[None, :], dtype)
             tl.store(d_k + token + hidden[None, :], neg_x_tile, mask=real & (hidden < D)[None, :])
-        tl.store(d_w2 + tile, vw2 - dot(tl.trans(x), neg_out, PRECISION), mask=some)
+        tl.store(d_anchor_w2 + tile, vw2 - dot(tl.trans(x), neg_out, PRECISION), mask=some)
     return neg_keys

@@ -16,7 +16,7 @@ from titans_train.memory.kernels.backward import scan_backward
 from titans_train.memory.kernels.coefficients import coefficients, coefficients_backward
 from titans_train.memory.kernels.forward import scan_forward
 from titans_train.memory.walk import Segment, Sequence, SequenceGradients
-from titans_train.shape import part, tile, triton_tokens
+from titans_train.shape import part_tokens, tile, triton_tokens
 
 # Of the hidden width: with 32 every backward keeps more numbers outside registers (1.15 to 4 times as many), and no
 # forward fewer.
@@ -62,11 +62,11 @@ class Launch:
     @classmethod
     def of(cls, seq: Sequence, segment: Segment, precision: str) -> Launch:
         most = triton_tokens(seq.k.shape[-1], precision == "ieee")
-        parts = segment.parts(part(segment.size, most) or segment.size)
+        parts, per_chunk = segment.in_parts(part_tokens(segment.size, most))
         keep, eta, theta = seq.gates(parts)
         with torch.cuda.device_of(seq.q):  # Triton launches on the current device
             of = coefficients(keep, eta, theta)
-            return cls(seq, parts, parts.chunks // segment.chunks, keep, eta, of, precision)
+            return cls(seq, parts, per_chunk, keep, eta, of, precision)
 
     def sizes(self, weights: list[Tensor]) -> tuple[int, ...]:
         rows, length, d = self.seq.k.shape

@@ -10,6 +10,7 @@ template <class T>
 struct Backward {
     Matrices<T> neg_x, neg_delta, d_y;  // d_y[l]: of the read's output at layer l
     Matrix<T> wide, through, scores, masked, d_u, d_x;
+    Matrix<T> d_gain, d_bias;  // of this chunk: added token by token to a sum over many, they would lose digits
     CoefficientGradients<T> rows;
 
     Backward(Arena<T>& arena, const Options<T>& o, int tokens) : rows(arena, tokens) {
@@ -26,6 +27,8 @@ struct Backward {
         masked = arena.matrix(tokens, tokens);
         d_u = arena.matrix(tokens, o.sizes[0]);
         d_x = arena.matrix(tokens, o.sizes[0]);
+        d_gain = arena.matrix(1, o.sizes[0]);
+        d_bias = arena.matrix(1, o.sizes[0]);
     }
 };
 
@@ -111,11 +114,11 @@ void read_backward(const Options<T>& o, const Coefficients<T>& c, const State<T>
 }
 
 // Of the norm inside the memory, from the negated gradient of the last delta: leaves that of the last layer's output in
-// b.d_x and the gradient of v in d_v; takes from d_gain and d_bias.
+// b.d_x and the gradient of v in d_v; takes from b.d_gain and b.d_bias.
 template <class T>
-void norm_backward(const Options<T>& o, const Norm<T>& norm, const Inner<T>& s, Backward<T>& b, const Matrix<T>& d_v,
-                   T* d_gain, T* d_bias) {
+void norm_backward(const Options<T>& o, const Norm<T>& norm, const Inner<T>& s, Backward<T>& b, const Matrix<T>& d_v) {
     const int d = o.sizes[0];
+    T *d_gain = b.d_gain.at, *d_bias = b.d_bias.at;
     const Matrix<T>&delta = s.delta.back(), &neg_delta = b.neg_delta.back();
     for (int t = 0; t < delta.rows; t++) {
         const T *x = s.value.row(t), *error = s.error.row(t), *pulled = delta.row(t), *d_pulled = neg_delta.row(t);
@@ -139,8 +142,7 @@ void norm_backward(const Options<T>& o, const Norm<T>& norm, const Inner<T>& s, 
 // Leaves the gradients of k and v in d_k and d_v; adds to adj, the adjoints of `at`.
 template <class T, class Activation>
 void inner_backward(const Options<T>& o, const Norm<T>& norm, const State<T>& at, const Inner<T>& s,
-                    const State<T>& adj, Backward<T>& b, const Matrix<T>& d_k, const Matrix<T>& d_v, T* d_gain,
-                    T* d_bias) {
+                    const State<T>& adj, Backward<T>& b, const Matrix<T>& d_k, const Matrix<T>& d_v) {
     const int depth = o.depth(), d = o.sizes[0];
     for (int l = 1; l < depth; l++) {  // D_l = (D_{l+1} W_{l+1}') f'(Z_l), innermost last
         const Matrix<T>&neg = b.neg_delta[l - 1], neg_back = neg.over(b.wide.at);
@@ -156,7 +158,7 @@ void inner_backward(const Options<T>& o, const Norm<T>& norm, const State<T>& at
     }
     Matrix<T> neg_out = b.neg_delta[depth - 1];
     if (o.norm) {
-        norm_backward(o, norm, s, b, d_v, d_gain, d_bias);
+        norm_backward(o, norm, s, b, d_v);
         neg_out = b.d_x;
     } else {
         for (int t = 0; t < neg_out.rows; t++) std::copy(neg_out.row(t), neg_out.row(t) + d, d_v.row(t));
@@ -184,6 +186,7 @@ void chunk_backward(const Options<T>& o, const Norm<T>& norm, const Coefficients
                     const Matrix<T>& d_k, const Matrix<T>& d_v, T* d_gain, T* d_bias) {
     const int d = o.sizes[0];
     b.rows.clear();
+    for (const auto& x : {b.d_gain, b.d_bias}) std::fill(x.at, x.at + d, T(0));
     update_backward(o, c, at, s, adj, b);
     Matrix<T> d_out = d_y;
     if (o.norm) {
@@ -193,15 +196,16 @@ void chunk_backward(const Options<T>& o, const Norm<T>& norm, const Coefficients
             T* out = d_out.row(t);
             for (int i = 0; i < d; i++) out[i] = norm.gain[i] * dy[i];
             pull_row(out, x, r.rstd.at[t], out, d);
-            for (int i = 0; i < d; i++) d_gain[i] += dy[i] * x[i];
-            for (int i = 0; i < d; i++) d_bias[i] += dy[i];
+            for (int i = 0; i < d; i++) b.d_gain.at[i] += dy[i] * x[i];
+            for (int i = 0; i < d; i++) b.d_bias.at[i] += dy[i];
         }
     }
     read_backward(o, c, at, s, r, adj, d_out, d_q, b);
     if (o.norm)
         for (int t = 0; t < d_y.rows; t++)
             for (int i = 0; i < d; i++) d_q.row(t)[i] += d_y.row(t)[i];
-    inner_backward<T, Activation>(o, norm, anchor, s, d_anchor, b, d_k, d_v, d_gain, d_bias);
+    inner_backward<T, Activation>(o, norm, anchor, s, d_anchor, b, d_k, d_v);
+    for (int i = 0; o.norm && i < d; i++) d_gain[i] += b.d_gain.at[i], d_bias[i] += b.d_bias.at[i];
 }
 
 }  // namespace titans

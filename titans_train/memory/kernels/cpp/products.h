@@ -34,8 +34,8 @@ struct Matrix {
         return other;
     }
     Matrix part(int row, int col, int rows, int cols) const {  // from `row` and `col`
-        Matrix made(at + (flipped ? row + static_cast<int64_t>(col) * stride : col + static_cast<int64_t>(row) * stride),
-                    rows, cols, stride);
+        const int64_t step = stride, first = flipped ? row + col * step : col + row * step;
+        Matrix made(at + first, rows, cols, stride);
         made.flipped = flipped;
         return made;
     }

@@ -1,4 +1,4 @@
-// The chunks of a segment, forward and backward, row by row: what a row works on fits in a core's cache.
+// The chunks of a segment, forward and backward, row by row: what a part of a chunk works on fits in a core's cache.
 // ../compiled.py builds and calls this. Shapes: rows n = batch * heads, L tokens, d width of a head.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -18,8 +18,8 @@ using at::Tensor;
 using Tensors = std::vector<Tensor>;
 using Maybe = std::optional<Tensor>;
 
-// Of one call: q, k, v [n, L, d]; gates [n, L]; starts [n, L] bool; a segment's first token, its parts, their tokens, and
-// how many make a chunk: inner gradients are those at the weights before the chunk, and the state moves part by part.
+// Of one call: q, k, v [n, L, d]; gates [n, L]; starts [n, L] bool; a segment's first token, its parts, their tokens,
+// and how many make a chunk: inner gradients are those at the weights before it, while the state moves part by part.
 struct Call {
     Tensor q, k, v, keep;
     Maybe eta;
@@ -201,8 +201,8 @@ struct BackwardSpace {
     }
 };
 
-// What the backward fills, those of the tokens' tensors, and adds to; adj: of the state after the segment, which move to
-// before it.
+// What the backward fills, those of the tokens' tensors, and adds to; adj: of the state after the segment, which move
+// to before it.
 struct Gradients {
     Tensors adj;
     Tensor d_q, d_k, d_v, d_keep;
@@ -265,9 +265,11 @@ void chosen(const Call& call, F f) {
 }
 
 void forward(Tensor q, Tensor k, Tensor v, Tensor keep, Maybe eta, Tensor theta, Maybe starts, Tensors document,
-             Maybe gain, Maybe bias, int64_t start, int64_t parts, int64_t tokens, int64_t per_chunk, bool gelu, double eps, Tensors state,
+             Maybe gain, Maybe bias, int64_t start, int64_t parts, int64_t tokens, int64_t per_chunk, bool gelu,
+             double eps, Tensors state,
              Tensor y, Maybe surprises) {
-    const Call call{q, k, v, keep, eta, theta, starts, document, gain, bias, start, parts, tokens, per_chunk, gelu, eps};
+    const Call call{q,    k,    v,     keep,  eta,    theta,     starts, document,
+                    gain, bias, start, parts, tokens, per_chunk, gelu,   eps};
     call_fits(call, state);
     fits(y, q.sizes(), q, "y");
     fits(surprises, keep.sizes(), q, "surprises");
@@ -277,10 +279,12 @@ void forward(Tensor q, Tensor k, Tensor v, Tensor keep, Maybe eta, Tensor theta,
 }
 
 void backward(Tensor q, Tensor k, Tensor v, Tensor keep, Maybe eta, Tensor theta, Maybe starts, Tensors document,
-              Maybe gain, Maybe bias, int64_t start, int64_t parts, int64_t tokens, int64_t per_chunk, bool gelu, double eps,
+              Maybe gain, Maybe bias, int64_t start, int64_t parts, int64_t tokens, int64_t per_chunk, bool gelu,
+              double eps,
               Tensors stored, Tensor d_y, Tensors adj, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_keep, Maybe d_eta,
               Tensor d_theta, Maybe d_gain, Maybe d_bias, Tensors d_document) {
-    const Call call{q, k, v, keep, eta, theta, starts, document, gain, bias, start, parts, tokens, per_chunk, gelu, eps};
+    const Call call{q,    k,    v,     keep,  eta,    theta,     starts, document,
+                    gain, bias, start, parts, tokens, per_chunk, gelu,   eps};
     const Gradients g{adj, d_q, d_k, d_v, d_keep, d_eta, d_theta, d_gain, d_bias, d_document};
     call_fits(call, stored);
     state_fits(call, adj, stored, "the adjoint");
