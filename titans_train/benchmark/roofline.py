@@ -103,7 +103,7 @@ def of_compiled(d: int, hidden: int, chunk: int) -> Work:
     """The same in float32, a row at a time: products as they are counted. Memory: the states that are kept, and the
     adjoints, once per segment. Cache: each product's matrix of d h (59 with what is written back), 40 of T h.
     """
-    chunks, tokens = segment(chunk), part_tokens(chunk)
+    chunks, tokens = segment(chunk), part_tokens(chunk, least=compiled.LEAST_TOKENS)
     _, flops = compiled_work(operator("compiled", 1, d, hidden, chunk, chunk * chunks, chunks))
     memory = token_bytes(d, tokens, 4) + state_bytes(d, hidden) * 6 / (chunks * chunk)
     return Work(flops / (chunks * chunk), memory, 4 * (59 * d * hidden / tokens + 40 * hidden), 2 / (chunks * chunk))

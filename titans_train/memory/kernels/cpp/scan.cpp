@@ -266,8 +266,7 @@ void chosen(const Call& call, F f) {
 
 void forward(Tensor q, Tensor k, Tensor v, Tensor keep, Maybe eta, Tensor theta, Maybe starts, Tensors document,
              Maybe gain, Maybe bias, int64_t start, int64_t parts, int64_t tokens, int64_t per_chunk, bool gelu,
-             double eps, Tensors state,
-             Tensor y, Maybe surprises) {
+             double eps, Tensors state, Tensor y, Maybe surprises) {
     const Call call{q,    k,    v,     keep,  eta,    theta,     starts, document,
                     gain, bias, start, parts, tokens, per_chunk, gelu,   eps};
     call_fits(call, state);
@@ -280,9 +279,8 @@ void forward(Tensor q, Tensor k, Tensor v, Tensor keep, Maybe eta, Tensor theta,
 
 void backward(Tensor q, Tensor k, Tensor v, Tensor keep, Maybe eta, Tensor theta, Maybe starts, Tensors document,
               Maybe gain, Maybe bias, int64_t start, int64_t parts, int64_t tokens, int64_t per_chunk, bool gelu,
-              double eps,
-              Tensors stored, Tensor d_y, Tensors adj, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_keep, Maybe d_eta,
-              Tensor d_theta, Maybe d_gain, Maybe d_bias, Tensors d_document) {
+              double eps, Tensors stored, Tensor d_y, Tensors adj, Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_keep,
+              Maybe d_eta, Tensor d_theta, Maybe d_gain, Maybe d_bias, Tensors d_document) {
     const Call call{q,    k,    v,     keep,  eta,    theta,     starts, document,
                     gain, bias, start, parts, tokens, per_chunk, gelu,   eps};
     const Gradients g{adj, d_q, d_k, d_v, d_keep, d_eta, d_theta, d_gain, d_bias, d_document};
