@@ -25,7 +25,8 @@ from titans_train.shape import beyond_kernels, part_tokens, tile, triton_tokens
 
 FLOOR = 1e-6  # eight roundings of a float32: sums in another order
 CHIP = 227 << 10  # bytes of shared memory that a program may have on an H100
-STACK, EXACT_STACK = 3200, 5600  # bytes of a thread's numbers outside registers, a tenth above what there is
+# Bytes of a thread's numbers outside registers, a tenth above what there is
+STACK, EXACT_STACK, EXACT_WIDE_STACK = 3200, 4800, 5600  # products in float32; of heads 256 wide
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -85,7 +86,8 @@ def test_they_compile_for_a_gpu_and_fit_on_its_chip(groups: list[str], tmp_path:
         assert kernels.keys() == {"scan_forward read", "scan_forward keep", "scan_backward", "_forward", "_backward"}
         for name, needs in kernels.items():
             assert needs["shared"] <= CHIP, (case, name, needs)
-            assert needs["stack"] <= (EXACT_STACK if "exact" in case else STACK), (case, name, needs)
+            wide = EXACT_WIDE_STACK if "x 256" in case else EXACT_STACK
+            assert needs["stack"] <= (wide if "exact" in case else STACK), (case, name, needs)
             assert needs["registers"] > 200 or needs["stack"] == 0, (case, name, needs)
 
 

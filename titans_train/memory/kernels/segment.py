@@ -65,8 +65,7 @@ class Launch:
         parts, per_chunk = segment.in_parts(part_tokens(segment.size, most))
         keep, eta, theta = seq.gates(parts)
         with torch.cuda.device_of(seq.q):  # Triton launches on the current device
-            of = coefficients(keep, eta, theta)
-            return cls(seq, parts, per_chunk, keep, eta, of, precision)
+            return cls(seq, parts, per_chunk, keep, eta, coefficients(keep, eta, theta), precision)
 
     def sizes(self, weights: list[Tensor]) -> tuple[int, ...]:
         rows, length, d = self.seq.k.shape
